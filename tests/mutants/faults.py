@@ -1454,10 +1454,10 @@ FAULTS = (
     Fault(
         "E14",
         "triton_attn/cache/drafts.py",
-        "    read, written = (_slots_of(",
-        "    cache.pool._forget(owned[2]), _own_pages(cache, *owned)\n"
-        "    owned = [], [], []\n"
-        "    read, written = (_slots_of(",
+        "    arrived, rows, before = (fetch_from_ranks",
+        "    for entry, copy in zip(owned[0], cache.pool._next_free(len(owned[0])).tolist()):\n"
+        "        cache._tables[entry] = copy\n"
+        "    arrived, rows, before = (fetch_from_ranks",
         "KEEP",
     ),
     Fault("E06", "triton_attn/cache/drafts.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
