@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_caches import DEVICE, make, make_step, start
 
-from triton_attn.cache import arrays, sequences
+from triton_attn.cache import arrays, rows
 
 pytestmark = pytest.mark.oldest
 
@@ -16,13 +16,13 @@ pytestmark = pytest.mark.oldest
 @pytest.fixture
 def moved(monkeypatch):
     """Shapes of the tables of all caches that were left for larger ones, from now on."""
-    shapes, grow = [], sequences.PagedSequences._grow
+    shapes, grow = [], rows.SequenceRows._grow
 
     def counted(cache, num_rows, width):
         shapes.append(cache._tables.shape)
         grow(cache, num_rows, width)
 
-    monkeypatch.setattr(sequences.PagedSequences, "_grow", counted)
+    monkeypatch.setattr(rows.SequenceRows, "_grow", counted)
     return shapes
 
 
@@ -36,7 +36,7 @@ def refuse(monkeypatch, times):
             raise OSError("no addresses")
         return reserve(shape, dtype)
 
-    monkeypatch.setattr(sequences, "reserved_zeros", limited)
+    monkeypatch.setattr(rows, "reserved_zeros", limited)
 
 
 def many(cache, num_seqs):

@@ -81,6 +81,17 @@ def test_drafts_are_not_found_by_others():
     assert cache.create([*PROMPT, 0, 0, 1])[1] == 4
 
 
+def test_pages_that_others_found_are_found_by_what_stays():
+    """Drafts with ids fill a page, and another path of them fills it again."""
+    cache = make_cache()
+    seq, _ = cache.create(PROMPT)
+    cache.extend([seq], [[*PROMPT, 6, 7]])
+    cache.commit([seq])
+    cache.keep([seq], 2, [[1, 0]], [[7, 6]])
+    cache.commit([seq])
+    assert [cache.create([*PROMPT, *ids, 9])[1] for ids in ([6, 7], [7, 6])] == [4, 8]
+
+
 def test_a_fork_keeps_what_it_shares():
     cache = make_cache()
     seq, _ = cache.create(PROMPT)

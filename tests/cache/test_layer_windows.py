@@ -15,6 +15,7 @@ from triton_attn import OutOfPages, PagedKVCache, append_kv_cache, paged_attenti
 from triton_attn.cache.events import PagesCleared, PagesRemoved, PagesStored
 from triton_attn.cache.hashing import page_hashes, root_hash
 from triton_attn.cache.layers import group_layers
+from triton_attn.cache.prefix import find_page
 from triton_attn.toolchain import guard
 
 pytestmark = pytest.mark.oldest
@@ -132,7 +133,7 @@ def test_what_one_sequence_gives_back_another_keeps():
 def forget(cache, seq_tokens, group, columns):
     """Let pages of a group no longer be found, as if they had been reused."""
     hashes = list(page_hashes([root_hash(None)], torch.tensor(seq_tokens).numpy(), PAGE))
-    cache.pool.forget([cache._find(group, hashes[column]) for column in columns])
+    cache.pool.forget([find_page(cache, group, hashes[column]) for column in columns])
 
 
 @pytest.mark.parametrize(

@@ -288,6 +288,19 @@ def test_a_copied_page_is_found_by_its_own_tokens():
         assert cache.create([*tokens, 0])[1] == 4
 
 
+def test_forks_that_part_are_found_by_all_their_tokens():
+    """Once they differ, equal pages of theirs are pages of different prefixes."""
+    cache = make()
+    seq = start(cache, [1, 2, 3, 4])
+    fork = cache.fork(seq)
+    for own in ([[5] * 4, [6] * 4], [[7] * 4] * 2):
+        cache.extend([seq, fork], own)
+        cache.commit([seq, fork])
+    for differing, table_of in ((5, table(cache, seq)), (6, table(cache, fork))):
+        found, cached = cache.create([1, 2, 3, 4, *[differing] * 4, *[7] * 4, 0])
+        assert (cached, table(cache, found)) == (12, table_of)
+
+
 def test_of_forks_extended_together_one_keeps_the_page():
     cache = make()
     seq = start(cache, [1, 2, 3, 4, 5])
@@ -331,6 +344,20 @@ def test_truncated_tokens_are_overwritten_and_no_longer_found():
     cache.extend([seq], [[9]])
     assert table(cache, seq) == [0, 1]
     assert cache.create([1, 2, 3, 4, 5, 6, 7, 8])[1] == 4
+
+
+@pytest.mark.parametrize(("kept", "old"), [(4, 8), (6, 4)])
+def test_full_pages_after_a_truncation_are_found_by_their_own_tokens(kept, old):
+    """And not by those that they had before, of which `old` tokens are still found."""
+    cache = make()
+    seq = start(cache, [1, 2, 3, 4, 5, 6, 7, 8])
+    cache.truncate(seq, kept)
+    tokens = [*range(1, kept + 1), *[9] * (12 - kept)]
+    cache.extend([seq], [tokens[kept:]])
+    cache.commit([seq])
+    found, cached = cache.create([*tokens, 0])
+    assert (cached, table(cache, found)) == (12, table(cache, seq))
+    assert cache.create([1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9, 9, 0])[1] == old
 
 
 def test_after_a_truncation_tokens_go_on_at_the_new_end():

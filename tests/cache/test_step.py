@@ -19,7 +19,8 @@ from triton_attn import (
     mla_decode,
     paged_attention,
 )
-from triton_attn.cache import step as step_module
+from triton_attn.cache import rows
+from triton_attn.cache.step import CacheStep
 
 pytestmark = pytest.mark.oldest
 STAGED = pytest.mark.parametrize("staged", [False, True], ids=["in place", "staged"])
@@ -92,7 +93,7 @@ class Server:
 @pytest.mark.parametrize("kept", [2**14, 8])
 def test_buffers_follow_a_server(staged, seed, kept, monkeypatch):
     """Sequences come, go, change places, fork, lose tokens, and grow outside of the step; addresses stay."""
-    monkeypatch.setattr(step_module, "CHANGES_KEPT", kept)
+    monkeypatch.setattr(rows, "CHANGES_KEPT", kept)
     server = Server(seed)
     rng, cache = server.rng, server.cache
     steps = [make_step(cache, 8, 50, 30, staged=staged) for _ in range(2)]
@@ -142,8 +143,8 @@ def test_only_changes_are_sent_in_one_transfer(transfers):
 def test_the_table_is_written_once_where_it_changed(monkeypatch):
     """Each write is a launch on a GPU."""
     written = []
-    put = step_module.CacheStep._put
-    monkeypatch.setattr(step_module.CacheStep, "_put", lambda step, x: (written.append(len(x)), put(step, x)))
+    put = CacheStep._put
+    monkeypatch.setattr(CacheStep, "_put", lambda step, x: (written.append(len(x)), put(step, x)))
     cache = make(num_pages=64, page_size=4)
     step = make_step(cache, 4, 64, staged=True)
     seqs = [start(cache, list(range(n))) for n in (17, 18)]

@@ -364,8 +364,8 @@ FAULTS = (
     Fault(
         "B17",
         "triton_attn/_host/layout.py",
-        "return strides_are_wide(num_rows, *(x",
-        "return strides_are_wide(1, *(x",
+        "any(num_rows * s[-3] >= 2**31",
+        "any(s[-3] >= 2**31",
         "BACKWARD",
     ),
     Fault(
@@ -609,12 +609,12 @@ FAULTS = (
     ),
     Fault(
         "C01",
-        "triton_attn/cache/sequences.py",
+        "triton_attn/cache/rows.py",
         "width = self._pages_of(max(of_each, default=0))",
         "width = max(of_each, default=0) // self.page_size",
         "CACHE",
     ),
-    Fault("C02", "triton_attn/cache/sequences.py", "if references > 1:", "if references > 2:", "CACHE"),
+    Fault("C02", "triton_attn/cache/copy_on_write.py", "if references > 1:", "if references > 2:", "CACHE"),
     Fault(
         "C03",
         "triton_attn/cache/sequences.py",
@@ -638,20 +638,20 @@ FAULTS = (
     ),
     Fault(
         "C08",
-        "triton_attn/cache/sequences.py",
-        "        if used + growth > self.pool.num_free:\n",
-        "        self._name_full_pages(rows)\n        if used + growth > self.pool.num_free:\n",
+        "triton_attn/cache/extension.py",
+        "    if num_new > cache.pool.num_free:\n",
+        "    name_full_pages(cache, rows)\n    if num_new > cache.pool.num_free:\n",
         "CACHE",
     ),
     Fault(
         "C09",
-        "triton_attn/cache/sequences.py",
+        "triton_attn/cache/copy_on_write.py",
         "left.get(page) or refs_of[page]",
         "refs_of[page]",
         "CACHE",
     ),
-    Fault("C10", "triton_attn/cache/sequences.py", "        if room.kept:\n", "        if False:\n", "CACHE"),
-    Fault("C11", "triton_attn/cache/sequences.py", "num_tokens - 1))", "num_tokens))", "CACHE"),
+    Fault("C10", "triton_attn/cache/extension.py", "    if room.kept:\n", "    if False:\n", "CACHE"),
+    Fault("C11", "triton_attn/cache/prefix.py", "num_tokens - 1))", "num_tokens))", "CACHE"),
     Fault(
         "C12",
         "triton_attn/cache/sequences.py",
@@ -668,8 +668,8 @@ FAULTS = (
     ),
     Fault(
         "C14",
-        "triton_attn/cache/sequences.py",
-        "        self._page_tokens[copies] = self._page_tokens.take(originals, axis=0)\n",
+        "triton_attn/cache/copy_on_write.py",
+        "    cache._page_tokens[copies] = cache._page_tokens.take(originals, axis=0)\n",
         "",
         "CACHE",
     ),
@@ -684,7 +684,7 @@ FAULTS = (
     Fault("C17", "triton_attn/cache/sequences.py", "        self._limits[rows] = 0\n", "", "CACHE"),
     Fault("C18", "triton_attn/cache/sequences.py", "            self._limits[group_row] = 0\n", "", "CACHE"),
     Fault("C19", "triton_attn/cache/sequences.py", "        self._batch = NO_BATCH\n\n", "\n", "CACHE"),
-    Fault("C20", "triton_attn/cache/sequences.py", "np.maximum(ends, lengths + 1)", "ends", "CACHE"),
+    Fault("C20", "triton_attn/cache/extension.py", "np.maximum(ends, lengths + 1)", "ends", "CACHE"),
     Fault(
         "C22",
         "triton_attn/cache/pool.py",
@@ -702,9 +702,9 @@ FAULTS = (
     ),
     Fault(
         "C25",
-        "triton_attn/cache/sequences.py",
-        "(length - self._windows[row % self._num_groups]) // self.page_size",
-        "(length - self._windows[row % self._num_groups] + 1) // self.page_size",
+        "triton_attn/cache/extension.py",
+        "(length - cache._windows[row % cache._num_groups]) // cache.page_size",
+        "(length - cache._windows[row % cache._num_groups] + 1) // cache.page_size",
         "CACHE",
     ),
     Fault(
@@ -713,7 +713,7 @@ FAULTS = (
     Fault("C27", "triton_attn/cache/prefix.py", "if any(find(group", "if all(find(group", "CACHE"),
     Fault(
         "C28",
-        "triton_attn/cache/sequences.py",
+        "triton_attn/cache/prefix.py",
         "if chain is not others and others[: len(chain)] != chain:",
         "if False:",
         "CACHE",
@@ -727,16 +727,16 @@ FAULTS = (
     ),
     Fault(
         "C30",
-        "triton_attn/cache/sequences.py",
-        "_check_free(used + growth, released)",
-        "_check_free(used + growth)",
+        "triton_attn/cache/extension.py",
+        "_check_free(num_new, released)",
+        "_check_free(num_new)",
         "CACHE",
     ),
     Fault("C31", "triton_attn/cache/names.py", "self.log.removed(digest)", "pass", "CACHE"),
     Fault(
         "C32",
-        "triton_attn/cache/sequences.py",
-        "self._limits[row] = min(self._limits.item(row), next_length)",
+        "triton_attn/cache/extension.py",
+        "cache._limits[row] = min(cache._limits.item(row), next_length)",
         "pass",
         "CACHE",
     ),
@@ -746,7 +746,7 @@ FAULTS = (
     Fault(
         "C65", "triton_attn/cache/sequences.py", "copies, True, num_spare=-1)", "copies, True, num_spare=1)", "CACHE"
     ),
-    Fault("C62", "triton_attn/cache/sequences.py", "batch.num_spare -= 1", "pass", "CACHE"),
+    Fault("C62", "triton_attn/cache/extension.py", "batch.num_spare -= 1", "pass", "CACHE"),
     Fault(
         "C63",
         "triton_attn/cache/step.py",
@@ -772,7 +772,7 @@ FAULTS = (
     Fault(
         "C37",
         "triton_attn/cache/transfer.py",
-        "    cache._name_full_pages(range(row, row + cache._num_groups))\n",
+        "    name_full_pages(cache, range(row, row + cache._num_groups))\n",
         "",
         "MOVE",
     ),
@@ -806,20 +806,20 @@ FAULTS = (
     ),
     Fault("C42", "triton_attn/cache/pool.py", "or self._distinct(pages).size < pages.size", "", "CACHE"),
     Fault("C43", "triton_attn/cache/sequences.py", "_Batch(list(forks), ", "_Batch(forks, ", "CACHE"),
-    Fault("C44", "triton_attn/cache/sequences.py", "(columns >= self._firsts[rows, None]) & ", "", "CACHE"),
-    Fault("C45", "triton_attn/cache/sequences.py", "if column > num_named:", "if column > num_named + 1:", "CACHE"),
+    Fault("C44", "triton_attn/cache/rows.py", "(columns >= self._firsts[rows, None]) & ", "", "CACHE"),
+    Fault("C45", "triton_attn/cache/extension.py", "if column > num_named:", "if column > num_named + 1:", "CACHE"),
     Fault(
         "C46",
-        "triton_attn/cache/sequences.py",
+        "triton_attn/cache/rows.py",
         "if self._is_plain and self._pages_of(min(of_each, default=0)) == width",
         "if self._is_plain",
         "CACHE",
     ),
     Fault(
         "C48",
-        "triton_attn/cache/sequences.py",
-        "        if self._is_plain:  # others hold each\n",
-        "        if True:\n",
+        "triton_attn/cache/copy_on_write.py",
+        "    if cache._is_plain:  # others hold each\n",
+        "    if True:\n",
         "CACHE",
     ),
     Fault("C47", "triton_attn/cache/step.py", " and self.max_seqlen_q <= 1:", ":", "CACHE"),
@@ -1454,13 +1454,20 @@ FAULTS = (
     Fault(
         "E14",
         "triton_attn/cache/drafts.py",
-        "    read, written = (_slots_of(",
-        "    cache.pool._forget(owned[2]), _own_pages(cache, *owned)\n"
-        "    owned = [], [], []\n"
-        "    read, written = (_slots_of(",
+        "    arrived, rows, before = (fetch_from_ranks",
+        "    for entry, copy in zip(owned[0], cache.pool._next_free(len(owned[0])).tolist()):\n"
+        "        cache._tables[entry] = copy\n"
+        "    arrived, rows, before = (fetch_from_ranks",
         "KEEP",
     ),
     Fault("E06", "triton_attn/cache/drafts.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
+    Fault(
+        "E18",
+        "triton_attn/cache/drafts.py",
+        "    cache._named[row] = min(cache._named[row], first // page_size)\n",
+        "",
+        "KEEP",
+    ),
     Fault("E16", "triton_attn/cache/drafts.py", "            x[:, pages, slots] = old\n", "            pass\n", "MOVE"),
     Fault(
         "E17",
@@ -1472,14 +1479,14 @@ FAULTS = (
     Fault(
         "C66",
         "triton_attn/cache/sequences.py",
-        "            self._take_back(room)\n            raise\n",
+        "            take_back(self, room)\n            raise\n",
         "            raise\n",
         "MOVE",
     ),
     Fault(
         "C67",
         "triton_attn/cache/step.py",
-        "            cache._take_back(room)\n            raise\n",
+        "            take_back(cache, room)\n            raise\n",
         "            raise\n",
         "MOVE",
     ),
@@ -1812,13 +1819,13 @@ FAULTS = (
     Fault(
         "MS3",
         "triton_attn/cache/transfer.py",
-        "    cache._name_full_pages(range(row, row + cache._num_groups))\n    return row",
-        "    cache._name_full_pages(range(row, row + 1))\n    return row",
+        "    name_full_pages(cache, range(row, row + cache._num_groups))\n    return row",
+        "    name_full_pages(cache, range(row, row + 1))\n    return row",
         "MOVE",
     ),
     Fault(
         "GR1",
-        "triton_attn/cache/sequences.py",
+        "triton_attn/cache/rows.py",
         "self._grow(num_rows, width)\n        except",
         "self._grow(16 * self._num_groups, 16)\n        except",
         "CACHE",

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from .._host.checks import check_length, fail
 from .._host.mesh import check_same, gather_objects
 from .arrays import NO_LIMIT, from_list
+from .copy_on_write import leave_originals, pages_to_copy
 from .sharding import bits_of_pages, fetch_from_ranks
 from .token_ids import as_ids
 
@@ -59,7 +60,7 @@ def _tell(cache, changes, error):
 
 
 def _check(cache, seqs, num_drafts, accepted, token_ids):
-    """(changes of rows, positions that move in each, what `_to_copy` finds), with nothing changed."""
+    """(changes of rows, positions that move in each, what `pages_to_copy` finds), with nothing changed."""
     rows = cache._distinct_rows(seqs)[: len(cache._batch.seqs)].tolist()
     num_drafts = check_length("num_drafts", num_drafts)
     paths = [_Path.of(cache._lengths.item(row) - num_drafts, num_drafts, path) for row, path in _zip(rows, accepted)]
@@ -85,9 +86,9 @@ def _check(cache, seqs, num_drafts, accepted, token_ids):
         if first < path.end
         for column in range(max(first // cache.page_size, cache._firsts.item(row)), cache._pages_of(path.end))
     ]
-    copied, *others = cache._to_copy(entries)
-    cache.pool._check_free(len(copied))
-    return changes, moves, (copied, *others)
+    owned = pages_to_copy(cache, entries)
+    cache.pool._check_free(len(owned[0]))
+    return changes, moves, owned
 
 
 def _keep(cache, changes, moves, owned):
@@ -118,7 +119,7 @@ def _keep(cache, changes, moves, owned):
     cache.pool._take(copies)
     cache.pool._forget(kept)
     if copied:
-        cache._leave(originals, copies)
+        leave_originals(cache, originals, copies)
         cache._changes.extend(*zip(*copied))
     for row, path, own, first in changes:
         _rename(cache, row, path, own, first)

@@ -1,8 +1,7 @@
 """The buffers that a server's step reads on the GPU, at fixed addresses."""
 
-from collections import deque
 from collections.abc import Iterable
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,34 +10,13 @@ from torch import Tensor
 
 from .._host.checks import check_size, fail
 from .arrays import largest
+from .extension import book, copy_tails, lay_out, new_tokens, take_back
 from .token_ids import ONE_EACH
 
 if TYPE_CHECKING:
     from .sequences import Sequence, TokenIds
 
 ALIGNMENT = 256  # bytes, as torch aligns tensors: kernels are compiled for aligned addresses
-CHANGES_KEPT = 2**14
-
-
-class ChangeLog:
-    """The last changes of the tables: pairs of a row and the first of its entries that may have changed.
-
-    A reader keeps the count up to which it has read.
-    """
-
-    def __init__(self):
-        self.count = 0
-        self._last = deque(maxlen=CHANGES_KEPT)
-
-    def extend(self, rows, columns):
-        """Add changes of a list of rows."""
-        self.count += len(rows)
-        self._last.extend(zip(rows, columns))
-
-    def since(self, count):
-        """The changes after the first `count` ones, in any order; None if some are no longer kept."""
-        missed = self.count - count
-        return None if missed > len(self._last) else islice(reversed(self._last), missed)
 
 
 class CacheStep:
@@ -134,26 +112,26 @@ class CacheStep:
         """
         cache = self._cache
         rows = cache._distinct_rows(seqs)
-        new, lengths, num_groups = cache._new_tokens(token_ids, rows), cache._lengths[rows], cache._num_groups
+        new, lengths, num_groups = new_tokens(cache, token_ids, rows), cache._lengths[rows], cache._num_groups
         counts = new[0]
         ends = lengths + counts
         batch = rows.size // num_groups
         num_tokens = batch if counts is ONE_EACH else int(counts.sum()) // num_groups
         self._check_room(batch, num_tokens, ends)
-        slots, positions, room = cache._lay_out(rows, lengths, ends, counts)
+        slots, positions, room = lay_out(cache, rows, lengths, ends, counts)
         try:
             message = None if self._table_here is not None else self._here.pin_memory()
             if room is not None:
-                cache._copy_tails(room)
+                copy_tails(cache, room)
             self._fill(counts, num_tokens, cache._own_slots(slots), positions, ends)
             if room is not None or cache._batch is not self._batch or cache._changes.count != self._num_read:
                 self._send(*self._changed_entries(rows, ends, room), message)
             elif message is not None:
                 self._send((), (), message)
         except BaseException:
-            cache._take_back(room)
+            take_back(cache, room)
             raise
-        cache._extend(rows, lengths, ends, new, slots, room)
+        book(cache, rows, lengths, ends, new, slots, room)
         self._num_read = cache._changes.count
 
     def _check_room(self, batch, num_tokens, ends):

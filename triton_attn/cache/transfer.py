@@ -11,6 +11,7 @@ from .._host.checks import check_last_contiguous, check_length, check_tensor, fa
 from .arrays import NO_LIMIT, from_list
 from .copy import copy_kv_pages
 from .hashing import page_hashes, root_hash
+from .prefix import find_page, name_full_pages
 from .token_ids import as_ids
 
 
@@ -81,7 +82,7 @@ def import_pages(cache, pages, token_ids, salt):
             positions = np.arange(end * cache.page_size, num_tokens)
             cache._tokens[cache._slots_of(group_row, positions)] = ids[positions]
         num_used += new.size
-    cache._name_full_pages(range(row, row + cache._num_groups))
+    name_full_pages(cache, range(row, row + cache._num_groups))
     return row
 
 
@@ -98,7 +99,7 @@ def _find(cache, hashes, starts):
     for column, digest in enumerate(hashes):
         is_done = True
         for group, (start, own) in enumerate(zip(starts, found)):
-            if column == start + len(own) and (page := cache._find(group, digest)) is not None:
+            if column == start + len(own) and (page := find_page(cache, group, digest)) is not None:
                 own.append(page)
             is_done &= start + len(own) <= column
         if is_done:
