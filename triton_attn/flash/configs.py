@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from .._host import tuned
 from .._host.config import Config
-from ..dense.tiles import Tile, padded_head_dim, tma_obstacle
+from ..dense.tiles import CHUNK, Tile, padded_head_dim, tma_obstacle
 
 
 class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
@@ -76,6 +76,10 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
         k, v = (self.block_n * padded_head_dim(dim) * size for dim in (case.head_dim, case.head_dim_v))
         if case.gpu.is_amd:
             return max(q, k, v)
+        if case.in_chunks:
+            q *= 2 if case.precision == "tf32x3" else 1
+        if case.in_chunks and self.num_stages == 1:
+            return q + self.block_n * CHUNK * size
         if self.num_stages == 1:
             return q + max(k, v)
         return q + case.gpu.buffers(self.num_stages) * (k + v)
@@ -277,13 +281,13 @@ _FLOAT = {
         (64, FlashConfig(64, 32, 4, 2)),
         (128, FlashConfig(64, 32, 8, 2)),
         (256, FlashConfig(64, 16, 8, 1)),
-        (512, FlashConfig(32, 16, 8, 1)),
+        (512, FlashConfig(32, 32, 8, 1)),
     ),
     "tf32x3": (
         (64, FlashConfig(64, 32, 4, 2)),
         (128, FlashConfig(32, 32, 8, 1)),
         (256, FlashConfig(16, 16, 4, 1)),
-        (512, FlashConfig(16, 16, 8, 1)),
+        (512, FlashConfig(16, 32, 8, 1)),
     ),
 }
 
