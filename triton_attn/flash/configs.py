@@ -10,7 +10,8 @@ Triton 3.6.0/3.9.0: 190/188 registers, no spill and `lock` 611/618 TFLOP/s again
 spilled and 588/603. At head dim 256, 128 x 64: `lock` 655/652 against 621/626. At 64 both are bound by exp2, 462/464
 against 467. On sm_100 the descriptor form of the same tiles does not spill; the pointer form spills 20/112 bytes.
 
-At head dims above 256 without TMA, keys and values are loaded in pieces of at most 256 columns (docs/design.md).
+At head dims above 256 without TMA, keys and values are loaded in pieces of at most 256 columns, in fp32 in chunks of 64
+(docs/design.md).
 """
 
 import itertools
