@@ -41,7 +41,7 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
         wide_enough = [row for row in table if _width(case.head_dim, case.head_dim_v) <= row[0]]
         fitting = [row for row in wide_enough if not case.gpu.lacks(row[1]._shared_bytes(case))]
         width, config = (fitting or wide_enough)[0]
-        special = _SOFTCAP if case.softcap else _DROPOUT if case.dropout else {}
+        special = (_SOFTCAP if case.softcap else {}) | (_DROPOUT if case.dropout else {})
         return special.get((case.gpu.configs, access, width), config) if case.is_half else config
 
     @classmethod
