@@ -254,8 +254,8 @@ def test_the_widest_heads(arch, record_property):
 @pytest.mark.oldest
 @pytest.mark.parametrize(("arch", "head_dim", "spills"), [("sm_80", 64, 0), ("sm_80", 512, 0), ("sm_90", 128, 13)])
 def test_softcap_and_dropout_together(arch, head_dim, spills, record_property):
-    """They have the tile of dropout. With that of plain calls the kernel spilled 36 instructions in the loop at 64, 5 at
-    512 on Triton 3.6.0, and had too little shared memory on sm_90."""
+    """They have the tile of dropout. With that of plain calls the kernel spilled 36 instructions in the loop at 64, and
+    5 at 512 on Triton 3.6.0, and had too little shared memory on sm_90."""
     q = torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=torch.float16)
     with compile_only(arch) as launches:
         flash_attention(q, q, q, causal=True, softcap=30.0, dropout_p=0.1, dropout_seed=1)
