@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from triton_attn.dense.backward_configs import KERNELS, BackwardConfig, objection
-from triton_attn.dense.tiles import FlashCase, padded_head_dim
+from triton_attn.dense.tiles import FlashCase
 from triton_attn.flash.configs import FlashConfig
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -33,21 +33,9 @@ def test_nothing_is_against_a_default(arch, dtype):
         for access in ("tma", "vector"):
             case = FlashCase(arch, dtype, *head_dims, False, access)
             config = BackwardConfig.default(case)
-            if dtype == torch.float32 and case.gpu.shared_bytes < 2**17 and max(map(padded_head_dim, head_dims)) > 384:
-                continue  # some do not fit, see test_fp32_gradients_of_wide_heads_need_112_kib
             assert config.obstacle(case) is None
             for kernel, tile in tiles(config).items():
                 assert tile is None or objection(kernel, tile, case) is None, (kernel, tile)
-
-
-def test_fp32_gradients_of_wide_heads_need_112_kib():
-    def obstacle(head_dim, dtype=torch.float32):
-        case = FlashCase("sm_86", dtype, head_dim, head_dim, False, "vector")
-        return BackwardConfig.default(case).obstacle(case)
-
-    assert obstacle(384) is None
-    assert obstacle(512) == "dkdv: 114688 bytes of shared memory, sm_86 has 101376"
-    assert obstacle(512, torch.float16) is None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

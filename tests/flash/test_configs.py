@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 
-from triton_attn._jit import tiles
+from triton_attn._jit import columns, tiles
 from triton_attn._jit.tiles import piece_0, piece_1
-from triton_attn.dense.tiles import HALF, FlashCase, padded_head_dim
+from triton_attn.dense.tiles import CHUNK, HALF, FlashCase, padded_head_dim
 from triton_attn.flash.configs import HOPPER_HEAD_DIMS, FlashConfig, HopperConfig
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -20,6 +20,7 @@ def test_padding_is_the_kernel_s():
     for head_dim in range(1, 513):
         assert padded_head_dim(head_dim) == piece_0(head_dim) + piece_1(head_dim)
     assert tiles.HALF == HALF
+    assert columns.CHUNK == CHUNK
 
 
 @pytest.mark.parametrize("arch", [*ARCHS, "interpreter"])

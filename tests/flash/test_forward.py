@@ -74,6 +74,15 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps):
     )
 
 
+@pytest.mark.oldest
+@pytest.mark.emulated
+@pytest.mark.parametrize("head_dims", [(512, 257), (300, 40), (24, 384)], ids=str)
+def test_wide_heads_in_fp32(head_dims):
+    """Operands of matmuls are loaded in chunks of columns, of which the last may reach past the head dimension."""
+    case = replace(PLAIN, **WIDE_BIT_OF_EVERYTHING, head_dim=head_dims[0], head_dim_v=head_dims[1], dropout_p=0.2)
+    check(replace(case, dtype=torch.float32, config=FlashConfig(16, 32, 8, 1)))
+
+
 OPTIONS_OF_HOPPER = {
     "plain": {"softmax_scale": 1.0},  # maxima move so far that some rows of a warp are rescaled
     "window": {"window_size": (130, -1), "sinks": torch.bfloat16},

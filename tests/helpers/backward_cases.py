@@ -9,7 +9,7 @@ from attention_cases import PLAIN as PLAIN_FORWARD
 
 from triton_attn._host.gpu import repeats_rows
 from triton_attn.dense.backward_configs import BackwardConfig, dk_apart_from_dv
-from triton_attn.dense.tiles import HALF
+from triton_attn.dense.tiles import HALF, in_chunks
 from triton_attn.testing import assert_close_to_reference, poisoned_empty
 from triton_attn.toolchain import guard
 
@@ -169,13 +169,18 @@ def loads_twice(case, tile, rows):
 def check_accesses(case, accesses):
     """dk, dv and the dq of the split schedule are stored once. Two tiles meet if one of the queries sees a key."""
     apart = dk_apart_from_dv("interpreter", (case.head_dim, case.head_dim_v), case.tiles.dkdv)
-    fused = not case.deterministic and not apart
+    chunked = in_chunks(case.dtype, (case.head_dim, case.head_dim_v))
+    fused = not case.deterministic and not apart and not chunked
     launches = 2 if apart else 1  # of dkdv
     size = case.dtype.itemsize
     spare_rows = case.spare_rows if case.varlen and case.seqlens_q else 0  # cleared by kernels
     num_keys = (sum(case.seqlens_k) + spare_rows) * case.num_heads_kv
     assert accesses.bytes_stored["dk.ptr"] == num_keys * case.head_dim * size
     assert accesses.bytes_stored["dv.ptr"] == num_keys * case.head_dim_v * size
+    if chunked:  # it loads its own tile again with each that passes
+        num_rows = (sum(case.seqlens_q) + spare_rows) * case.num_heads_q
+        assert accesses.bytes_stored["dq.ptr"] == num_rows * case.head_dim * size
+        return
     tile = case.tiles.fused if fused else case.tiles.dkdv
     num_queries = rows_loaded(case, tile, of_queries=True) * launches
     # A program loads its own tile once: queries in the kernels of delta and dq, keys in that of dkdv.

@@ -232,6 +232,17 @@ FAULTS = (
         "DROPOUT",
     ),
     Fault("F15", "triton_attn/_jit/heads.py", "tl.cast(row, tl.int64) * view", "row * view", "FLASH"),
+    Fault("F73", "triton_attn/_jit/columns.py", "load_piece(ptrs, mask, START,", "load_piece(ptrs, mask, 0,", "FLASH"),
+    Fault(
+        "F74", "triton_attn/_jit/columns.py", "load_piece(ptrs, mask, i * WIDTH,", "load_piece(ptrs, mask, 0,", "FLASH"
+    ),
+    Fault(
+        "F75",
+        "triton_attn/_jit/columns.py",
+        "(x.start >= x.rows.seqlen).to",
+        "(x.start < x.rows.seqlen).to",
+        "BACKWARD",
+    ),
     Fault("F16", "triton_attn/_jit/tiles.py", "x.source + tl.cast(start, tl.int64)", "x.source + start", "FLASH"),
     Fault(
         "F17",

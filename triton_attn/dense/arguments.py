@@ -21,7 +21,7 @@ from .._host.layout import (
 from .._jit.args import Dropout, Heads, Scores, Sequences, Strides, View, Window
 from .._jit.softmax import LOG2_E
 from .._jit.tiles import HALF
-from .tiles import Tile
+from .tiles import Tile, in_chunks
 from .tma import strides_suit_tma, tma_geometry
 
 # Names of arguments whose values must not cause a compilation: lengths, and values computed from them.
@@ -42,6 +42,7 @@ class FlashTile(NamedTuple):
     WIDE_ROWS: bool
     HOIST: bool  # see `may_hoist`
     CUT_CHAIN: bool  # see `dot_once`
+    CHUNKED: bool  # see `in_chunks`
 
 
 class CallKey(NamedTuple):
@@ -171,7 +172,8 @@ def plan_kernel(
     num_heads, num_sharing = (num_heads_kv, 1) if over_keys else (num_heads_q, group_size)
     by_tma = () if not use_tma else (0, 3, 4) if over_keys else (1, 2)
     # Tiles of narrower heads have more rows.
-    cut_chain = max(key.head_dims) > HALF.value and repeats(key.arch, block, config.num_warps)
+    chunked = in_chunks(key.problem.dtype, key.head_dims)
+    cut_chain = not chunked and max(key.head_dims) > HALF.value and repeats(key.arch, block, config.num_warps)
     num_tiles = tiles_each(longest, num_rows, key.batch, block)
     section_size = 1
     if key.causal:
@@ -188,6 +190,7 @@ def plan_kernel(
         WIDE_ROWS=strides_are_wide(max(config.block_m, config.block_n), *all_strides),
         HOIST=hoist and not cut_chain,
         CUT_CHAIN=cut_chain,
+        CHUNKED=chunked,
     )
     operands = [
         strides

@@ -15,9 +15,9 @@ from .._host.tuned import choose, remember
 from .._jit.args import View, view_of
 from .._jit.workarounds import may_hoist
 from .arguments import CallKey, alike_of, common_arguments, key_of, plan_kernel
-from .backward_configs import BackwardConfig, check_shared_memory, dk_apart_from_dv
+from .backward_configs import BackwardConfig, dk_apart_from_dv
 from .backward_kernels import RowSums, _flash_bwd_delta_kernel, _flash_bwd_dkdv_kernel, _flash_bwd_dq_kernel
-from .tiles import FlashCase
+from .tiles import CHUNK, FlashCase, in_chunks, padded_head_dim
 from .tma import strides_suit_tma
 
 
@@ -53,7 +53,8 @@ def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, conf
     config = config or _config_of(key)
     has_factor = options.softcap is not None or options.dropout_p > 0
     apart = dk_apart_from_dv(key.arch, key.head_dims, config.dkdv, has_factor)
-    fused = want_dq and (want_dk or want_dv) and config.fused is not None and not deterministic and not apart
+    may_fuse = not (deterministic or apart or in_chunks(q.dtype, key.head_dims))
+    fused = want_dq and (want_dk or want_dv) and config.fused is not None and may_fuse
 
     layout = torch.preserve_format if like_inputs else torch.contiguous_format
     dk = torch.empty_like(k, memory_format=layout) if want_dk else None
@@ -85,9 +86,7 @@ def _config_of(key):
     shape = key.problem.dtype, *key.head_dims, key.causal, access
     softcap, dropout = key.problem.softcap is not None, key.has_dropout
     case = FlashCase(key.arch, *shape, "ieee", softcap, dropout, key.is_plain, key.max_seqlen_k)
-    config = choose(BackwardConfig, case)
-    check_shared_memory(config, case)
-    return config
+    return choose(BackwardConfig, case)
 
 
 def _launch_dkdv(problem, tiles, dq_sum, dk, dv):
@@ -120,7 +119,7 @@ def _plan_dkdv(key, tiles, dq_sum, dk, dv):
     (shape_q, _), (shape_k, _), (shape_v, _) = key.problem.layout
     use_tma = tiles.use_tma and key.q_aligned and key.suits_tma(0, 3)
     use_tma = use_tma and (not fused or strides_suit_tma(shape_q, dq_sum, torch.float32.itemsize))
-    hoist = may_hoist("fused" if fused else "dkdv", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
+    hoist = _may_hoist(key, "fused" if fused else "dkdv", tiles.block_n)
     outputs = (shape_q, dq_sum), (shape_k, dk), (shape_v, dv)
     return plan_kernel(
         key,
@@ -132,6 +131,17 @@ def _plan_dkdv(key, tiles, dq_sum, dk, dv):
         repeats=repeats_rows,
         halved=(0, 3) if dv is None else (),
     )
+
+
+def _may_hoist(key, kernel, rows):
+    """As `may_hoist`. With tf32x3, chunks of the rows that stay are split once where shared memory holds both parts.
+    Other chunks are loaded again at each tile, which leaves registers and shared memory for a second program."""
+    gpu = gpu_of(key.arch)
+    if in_chunks(key.problem.dtype, key.head_dims):
+        columns = sum(map(padded_head_dim, key.head_dims))
+        lacks = gpu.lacks((2 * columns + CHUNK) * rows * torch.float32.itemsize)
+        return key.precision == "tf32x3" and lacks is None
+    return may_hoist(kernel, gpu.multiplies_shared_memory, *key.head_dims)
 
 
 def _launch_dq(problem, tiles, dq):
@@ -158,7 +168,7 @@ def _launch_dq(problem, tiles, dq):
 def _plan_dq(key, tiles, dq):
     """The Plan of a launch; dq is its strides."""
     use_tma = tiles.use_tma and key.kv_aligned and key.suits_tma(1, 2)
-    hoist = may_hoist("dq", gpu_of(key.arch).multiplies_shared_memory, *key.head_dims)
+    hoist = _may_hoist(key, "dq", tiles.block_m)
     return plan_kernel(
         key, tiles, use_tma, hoist, outputs=((key.problem.layout[0][0], dq),), repeats=repeats_rows, halved=(1, 2)
     )

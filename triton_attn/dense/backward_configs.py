@@ -41,16 +41,11 @@ need only dq, or only dk and dv. Below head dim 128 the loop of dq is bound by e
 """
 
 import itertools
-import operator
 from dataclasses import dataclass
 
-import torch
-
-from .._host.backend import use_kernel
 from .._host.config import Config
 from .._host.gpu import gpu_of, repeats_rows
-from .._host.observers import constant_if_traced
-from .tiles import HALF, FlashCase, Tile, padded_head_dim, tma_obstacle
+from .tiles import CHUNK, HALF, Tile, padded_head_dim, tma_obstacle
 
 KERNELS = "dkdv", "dq", "fused"
 WIDEST_IN_ONE_LAUNCH = 384  # head dim, of dk and dv together on any GPU
@@ -131,36 +126,6 @@ def _obstacle(kernel, tile, case):
     return tma_obstacle(tile, case) or case.gpu.lacks(least)
 
 
-def check_gradients_fit(x, head_dims):
-    """Raise NotImplementedError at a call whose gradients would find too little shared memory on the GPU of x."""
-    if x.dtype == torch.float32 and use_kernel(x):
-        _refuse(_lack_of_default(x.device, x.dtype, *map(operator.index, head_dims)), x.dtype, head_dims)
-
-
-@constant_if_traced
-def _lack_of_default(device, dtype, head_dim, head_dim_v):
-    from .._host.device import arch_of  # the package can be imported without triton
-
-    case = FlashCase(arch_of(torch.empty(0, device=device)), dtype, head_dim, head_dim_v, causal=True)
-    return _lack(BackwardConfig.default(case), case)
-
-
-def check_shared_memory(config, case):
-    """Raise if dkdv does not fit where dk and dv are apart: in fp32 the widest heads need 112 KiB or more."""
-    _refuse(_lack(config, case), case.dtype, (case.head_dim, case.head_dim_v))
-
-
-def _lack(config, case):
-    if not _is_apart(config.dkdv, case):
-        return None
-    return case.gpu.lacks(shared_bytes("dkdv", config.dkdv, case))
-
-
-def _refuse(reason, dtype, head_dims):
-    if reason:
-        raise NotImplementedError(f"gradients of head dimensions {head_dims} in {dtype}: dkdv: {reason}")
-
-
 def objection(kernel, tile, case):
     """Why a kernel cannot run with a tile, or cannot run well; None if it can."""
     if reason := tma_obstacle(tile, case) or case.gpu.lacks(shared_bytes(kernel, tile, case)):
@@ -179,6 +144,9 @@ def shared_bytes(kernel, tile, case):
     row, stay, pass_by = _rows(kernel, tile, case)
     if case.gpu.is_amd:
         return max(stay, pass_by) * row // 2
+    if case.in_chunks:  # the compiler keeps what it loads for scores and for a sum
+        chunks = (stay + pass_by) * CHUNK
+        return (pass_by * padded_head_dim(case.head_dim) + chunks) * case.dtype.itemsize
     scores = tile.block_m * tile.block_n * case.dtype.itemsize
     halved = _is_halved(kernel, stay, tile, case)
     if halved and tile.use_tma and tile.num_stages == 1:  # every half takes the same shared memory

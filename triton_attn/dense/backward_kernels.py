@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .._jit.args import Scores, Sequences, Strides, View, Window
 from .._jit.blocks import all_partial, block_start, num_blocks, visible_range
+from .._jit.columns import add_in_chunks, load_fixed, scale_pieces, scores_in_chunks, store_pieces, zeros_of
 from .._jit.dropout import KEYS_PER_CALL, keep_mask, mask_origin
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import add_alibi, cap_scores, mask_scores
@@ -37,9 +38,7 @@ from .._jit.tiles import (
     load_rows,
     load_tile,
     row_dot,
-    scale_tile,
     sequence_coords,
-    store_tile,
     tile_pointers,
     zeros_tile,
 )
@@ -173,7 +172,7 @@ def _store_gradient(gradient, work, first_row, mask, tile, HEAD_DIM: tl.constexp
     """Store a tile to the rows from first_row on of a gradient, a View; None: not wanted."""
     if gradient is not None:
         ptrs = tile_pointers(gradient, work.batch, first_row, work.head, tile[0].shape[0], WIDE_ROWS)
-        store_tile(ptrs, mask, tile, HEAD_DIM)
+        store_pieces(ptrs, mask, tile, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "dlse_ptr", "dlse_batch_stride", "dlse_row_stride", "dlse_head_stride"])
@@ -232,20 +231,24 @@ def _flash_bwd_delta_kernel(
 
 
 @triton.jit
-def _scores(a, b, start, one, HALVED: tl.constexpr, TILE: tl.constexpr):
-    """start + a @ b.T; b are Halves if HALVED."""
+def _scores(a, b, start, one, HEAD_DIM: tl.constexpr, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """start + a @ b.T; b are Halves if HALVED or CHUNKED."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    if HALVED:
+    if TILE.CHUNKED:
+        return scores_in_chunks(a, b, start, HEAD_DIM, TILE)
+    elif HALVED:
         return dot_halves(a, b, start, one, TILE)
     else:
         return dot_transposed(a, b, PRECISION, start, one)
 
 
 @triton.jit
-def _add_product(a, b, acc, one, HALVED: tl.constexpr, TILE: tl.constexpr):
-    """acc + a @ b, see `dot_add_computed`; b are Halves if HALVED."""
+def _add_product(a, b, acc, one, HEAD_DIM: tl.constexpr, HALVED: tl.constexpr, TILE: tl.constexpr):
+    """acc + a @ b, see `dot_add_computed`; b are Halves if HALVED or CHUNKED."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    if HALVED:
+    if TILE.CHUNKED:
+        return add_in_chunks(a, b, acc, HEAD_DIM, TILE)
+    elif HALVED:
         return dot_add_halves(a, b, acc, TILE)
     else:
         return dot_add_computed(a, b, acc, one, PRECISION)
@@ -328,10 +331,9 @@ def _flash_bwd_dkdv_kernel(
     HALVED: tl.constexpr = TILE.CUT_CHAIN and dv is None
     TWICE: tl.constexpr = HALVED and TILE.USE_TMA  # q is loaded for S and again for dK; a load takes no registers
     LATE: tl.constexpr = TILE.CUT_CHAIN and TILE.USE_TMA and dk is None  # dO takes the shared memory of q
-    WIDEST: tl.constexpr = HALF if TWICE else 512
-    k_tile = load_tile(k_ptrs, keys_mask, HEAD_DIM, WIDEST)  # (BLOCK_N, HEAD_DIM)
-    v_tile = load_tile(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512)  # (BLOCK_N, HEAD_DIM_V)
-    EXACT: tl.constexpr = k_tile[0].dtype == tl.float32
+    k_tile = load_fixed(k_ptrs, keys_mask, HEAD_DIM, HALF if TWICE else 512, TILE)  # (BLOCK_N, HEAD_DIM)
+    v_tile = load_fixed(v_ptrs, keys_mask, HEAD_DIM_V, HALF if HALVED else 512, TILE)  # (BLOCK_N, HEAD_DIM_V)
+    EXACT: tl.constexpr = k.ptr.dtype.element_ty == tl.float32
     FROM_SHARED: tl.constexpr = WIDE and TILE.CUT_CHAIN and dk is not None and dv is not None and scores.softcap is None
     if not TILE.USE_TMA:
         q = in_vectors(q, TILE.VECTOR)
@@ -344,8 +346,8 @@ def _flash_bwd_dkdv_kernel(
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_q, seen_by, BLOCK_M)
     blocks = all_partial(blocks, num_own < BLOCK_N)  # rows past the last key need a mask
     WHOLE: tl.constexpr = seqs.shard_ptr is None
-    dk_tile = zeros_tile(BLOCK_N, HEAD_DIM, WIDEST)  # (BLOCK_N, HEAD_DIM)
-    dv_tile = zeros_tile(BLOCK_N, HEAD_DIM_V)  # (BLOCK_N, HEAD_DIM_V)
+    dk_tile = zeros_of(BLOCK_N, HEAD_DIM, HALF if TWICE else 512, TILE)  # (BLOCK_N, HEAD_DIM)
+    dv_tile = zeros_of(BLOCK_N, HEAD_DIM_V, 512, TILE)  # (BLOCK_N, HEAD_DIM_V)
     for member in tl.range(0, heads.group_size):
         head = work.head * heads.group_size + member
         batch_head = work.batch * heads.num * heads.group_size + head
@@ -367,15 +369,15 @@ def _flash_bwd_dkdv_kernel(
                 start_m = block_start(blocks, i, FULL, BLOCK_M, seen_by.left is not None)
                 end_m = None if FULL else bounds.seqlen_q
                 q_tile, dout_tile = Halves(q_rows, start_m, end_m), Halves(dout_rows, start_m, end_m)
-                if not TWICE:
+                if not TWICE and not TILE.CHUNKED:
                     q_tile = load_rows(q_rows, start_m, BLOCK_M, HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_M, HEAD_DIM)
-                if not HALVED and not LATE:
+                if not (HALVED or LATE or TILE.CHUNKED):
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
                 if dropout is not None and TWICE:  # before S needs registers
                     keep = keep_mask(dropout, origin, start_m + queries, computed_again(work.start), BLOCK_N, WHOLE).T
-                s = _scores(k_tile, q_tile, _zero_scores(one, BLOCK_N, BLOCK_M, TWICE), one, TWICE, TILE)
+                s = _scores(k_tile, q_tile, _zero_scores(one, BLOCK_N, BLOCK_M, TWICE), one, HEAD_DIM, TWICE, TILE)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
@@ -387,15 +389,15 @@ def _flash_bwd_dkdv_kernel(
                 if LATE:
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 if dv is not None:
-                    dv_tile = dot_add_computed(p, dout_tile, dv_tile, one if FROM_SHARED else None, PRECISION)
+                    dv_tile = _add_product(p, dout_tile, dv_tile, one if FROM_SHARED else None, HEAD_DIM_V, False, TILE)
                 minus_delta_ptr = _sums_from(sums.minus_delta_ptr, sums_row, start_m, WIDE)
                 minus_delta = _load_minus_delta(minus_delta_ptr, queries, queries_left, not FULL)
                 dp = _first_dp(minus_delta[None, :], dropout, one, BLOCK_N, BLOCK_M, HALVED)
-                dp = _scores(v_tile, dout_tile, dp, one, HALVED, TILE)
+                dp = _scores(v_tile, dout_tile, dp, one, HEAD_DIM_V, HALVED, TILE)
                 ds = _score_gradients(factor, dp, minus_delta[None, :], None, dropout)
-                ds = ds.to(k_tile[0].dtype)  # (BLOCK_N, BLOCK_M)
+                ds = ds.to(k.ptr.dtype.element_ty)  # (BLOCK_N, BLOCK_M)
                 if dk is not None:
-                    dk_tile = _add_product(ds, q_tile, dk_tile, one if FROM_SHARED else None, TWICE, TILE)
+                    dk_tile = _add_product(ds, q_tile, dk_tile, one if FROM_SHARED else None, HEAD_DIM, TWICE, TILE)
                 if dq is not None or dq_desc is not None:
                     dq_tile = dot_add(ds.T, k_tile, zeros_tile(BLOCK_M, HEAD_DIM), PRECISION)  # (BLOCK_M, HEAD_DIM)
                     if dq_desc is not None:
@@ -405,7 +407,8 @@ def _flash_bwd_dkdv_kernel(
                         _add_rows(dq, dq_tile, work.batch, bounds.first_q + start_m, head, num_left, TILE)
 
     first_row, keys_mask = _rows_to_store(bounds.first_k, work.start, bounds.seqlen_k, BLOCK_N, WIDE)
-    _store_gradient(dk, work, first_row, keys_mask, scale_tile(dk_tile, scores.scale_log2 * LN_2), HEAD_DIM, WIDE_ROWS)
+    dk_tile = scale_pieces(dk_tile, scores.scale_log2 * LN_2)
+    _store_gradient(dk, work, first_row, keys_mask, dk_tile, HEAD_DIM, WIDE_ROWS)
     _store_gradient(dv, work, first_row, keys_mask, dv_tile, HEAD_DIM_V, WIDE_ROWS)
 
 
@@ -458,9 +461,9 @@ def _flash_bwd_dq_kernel(
     dout_ptrs = tile_pointers(in_vectors(dout, TILE.VECTOR), work.batch, first_row, work.head, BLOCK_M, WIDE_ROWS)
     TWICE: tl.constexpr = TILE.CUT_CHAIN and TILE.USE_TMA
     WIDEST: tl.constexpr = HALF if TILE.CUT_CHAIN else 512
-    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM, HALF if TWICE else 512)  # (BLOCK_M, HEAD_DIM)
-    dout_tile = load_tile(dout_ptrs, queries_mask, TILE.HEAD_DIM_V, WIDEST)  # (BLOCK_M, HEAD_DIM_V)
-    EXACT: tl.constexpr = q_tile[0].dtype == tl.float32
+    q_tile = load_fixed(q_ptrs, queries_mask, TILE.HEAD_DIM, HALF if TWICE else 512, TILE)  # (BLOCK_M, HEAD_DIM)
+    dout_tile = load_fixed(dout_ptrs, queries_mask, TILE.HEAD_DIM_V, WIDEST, TILE)  # (BLOCK_M, HEAD_DIM_V)
+    EXACT: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
     sums_row = tl.cast(work.head if PACKED else work.batch_head, tl.int64) * lse_stride + bounds.first_q
     lse_log2 = _load_lse_log2(sums.lse_ptr + sums_row, queries, bounds.seqlen_q, True)  # (BLOCK_M,)
     minus_delta = _load_minus_delta(sums.minus_delta_ptr + sums_row, queries, bounds.seqlen_q, True)  # (BLOCK_M,)
@@ -483,15 +486,15 @@ def _flash_bwd_dq_kernel(
     ALIGN: tl.constexpr = 1 if dropout is None else KEYS_PER_CALL
     origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
-    dq_tile = zeros_tile(BLOCK_M, TILE.HEAD_DIM, HALF if TWICE else 512)  # (BLOCK_M, HEAD_DIM)
+    dq_tile = zeros_of(BLOCK_M, TILE.HEAD_DIM, HALF if TWICE else 512, TILE)  # (BLOCK_M, HEAD_DIM)
     for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             end_n = None if FULL else bounds.seqlen_k
             k_tile, v_tile = Halves(k_rows, start_n, end_n), Halves(v_rows, start_n, end_n)
-            if not TWICE:
+            if not TWICE and not TILE.CHUNKED:
                 k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, WIDE_ROWS)  # (BLOCK_N, HEAD_DIM)
-            if not TILE.CUT_CHAIN:
+            if not TILE.CUT_CHAIN and not TILE.CHUNKED:
                 v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
             if dropout is not None:
@@ -499,13 +502,13 @@ def _flash_bwd_dq_kernel(
                 keep = keep_mask(dropout, origin, first_query + tl.arange(0, BLOCK_M), start_n, BLOCK_N, WHOLE)
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
             dp = _first_dp(minus_delta[:, None], dropout, one, BLOCK_M, BLOCK_N, TILE.CUT_CHAIN)
-            dp = _scores(dout_tile, v_tile, dp, one, TILE.CUT_CHAIN, TILE)
-            s = _scores(q_tile, k_tile, _zero_scores(one, BLOCK_M, BLOCK_N, TWICE), one, TWICE, TILE)
+            dp = _scores(dout_tile, v_tile, dp, one, TILE.HEAD_DIM_V, TILE.CUT_CHAIN, TILE)
+            s = _scores(q_tile, k_tile, _zero_scores(one, BLOCK_M, BLOCK_N, TWICE), one, TILE.HEAD_DIM, TWICE, TILE)
             _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
             ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
-            ds = ds.to(q_tile[0].dtype)
-            dq_tile = _add_product(ds, k_tile, dq_tile, None, TWICE, TILE)
+            ds = ds.to(q.ptr.dtype.element_ty)
+            dq_tile = _add_product(ds, k_tile, dq_tile, None, TILE.HEAD_DIM, TWICE, TILE)
 
     first_row, queries_mask = _rows_to_store(bounds.first_q, work.start, bounds.seqlen_q, BLOCK_M, WIDE)
-    dq_tile = scale_tile(dq_tile, scores.scale_log2 * LN_2)
+    dq_tile = scale_pieces(dq_tile, scores.scale_log2 * LN_2)
     _store_gradient(dq, work, first_row, queries_mask, dq_tile, TILE.HEAD_DIM, WIDE_ROWS)

@@ -9,6 +9,7 @@ from .._host.config import Config
 from .._host.gpu import gpu_of
 
 HALF = 256  # columns of a piece of `dot_halves`, as in _jit/tiles.py, which needs triton
+CHUNK = 64  # as in _jit/columns.py
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,10 @@ class FlashCase(NamedTuple):
         return self.dtype != torch.float32
 
     @property
+    def in_chunks(self):
+        return in_chunks(self.dtype, (self.head_dim, self.head_dim_v))
+
+    @property
     def is_tuned(self):
         """Whether sweeps time such calls: plain ones whose tensors can be loaded in the fastest way."""
         return self.is_plain and (self.access == "tma" or (self.access == "vector" and not self.gpu.tma))
@@ -68,6 +73,11 @@ class FlashCase(NamedTuple):
     def suits_tma(self):
         """Whether rows are multiples of 16 bytes. Strides and addresses are not known here."""
         return all(dim * self.dtype.itemsize % 16 == 0 for dim in (self.head_dim, self.head_dim_v))
+
+
+def in_chunks(dtype, head_dims):
+    """Whether matmuls load their operands in chunks of CHUNK columns, see _jit/columns.py."""
+    return dtype == torch.float32 and max(head_dims) > HALF
 
 
 def tma_obstacle(config, case):

@@ -10,7 +10,8 @@ Triton 3.6.0/3.9.0: 190/188 registers, no spill and `lock` 611/618 TFLOP/s again
 spilled and 588/603. At head dim 256, 128 x 64: `lock` 655/652 against 621/626. At 64 both are bound by exp2, 462/464
 against 467. On sm_100 the descriptor form of the same tiles does not spill; the pointer form spills 20/112 bytes.
 
-At head dims above 256 without TMA, keys and values are loaded in pieces of at most 256 columns (docs/design.md).
+At head dims above 256 without TMA, keys and values are loaded in pieces of at most 256 columns, in fp32 in chunks of 64
+(docs/design.md).
 """
 
 import itertools
@@ -18,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from .._host import tuned
 from .._host.config import Config
-from ..dense.tiles import Tile, padded_head_dim, tma_obstacle
+from ..dense.tiles import CHUNK, Tile, padded_head_dim, tma_obstacle
 
 
 class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int, "causal": bool}):
@@ -40,7 +41,7 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
         wide_enough = [row for row in table if _width(case.head_dim, case.head_dim_v) <= row[0]]
         fitting = [row for row in wide_enough if not case.gpu.lacks(row[1]._shared_bytes(case))]
         width, config = (fitting or wide_enough)[0]
-        special = _SOFTCAP if case.softcap else _DROPOUT if case.dropout else {}
+        special = (_SOFTCAP if case.softcap else {}) | (_DROPOUT if case.dropout else {})
         return special.get((case.gpu.configs, access, width), config) if case.is_half else config
 
     @classmethod
@@ -76,6 +77,10 @@ class FlashConfig(Tile, family="flash", case={"head_dim": int, "head_dim_v": int
         k, v = (self.block_n * padded_head_dim(dim) * size for dim in (case.head_dim, case.head_dim_v))
         if case.gpu.is_amd:
             return max(q, k, v)
+        if case.in_chunks:
+            q *= 2 if case.precision == "tf32x3" else 1
+        if case.in_chunks and self.num_stages == 1:
+            return q + self.block_n * CHUNK * size
         if self.num_stages == 1:
             return q + max(k, v)
         return q + case.gpu.buffers(self.num_stages) * (k + v)
@@ -277,13 +282,13 @@ _FLOAT = {
         (64, FlashConfig(64, 32, 4, 2)),
         (128, FlashConfig(64, 32, 8, 2)),
         (256, FlashConfig(64, 16, 8, 1)),
-        (512, FlashConfig(32, 16, 8, 1)),
+        (512, FlashConfig(32, 32, 8, 1)),
     ),
     "tf32x3": (
         (64, FlashConfig(64, 32, 4, 2)),
         (128, FlashConfig(32, 32, 8, 1)),
         (256, FlashConfig(16, 16, 4, 1)),
-        (512, FlashConfig(16, 16, 8, 1)),
+        (512, FlashConfig(16, 32, 8, 1)),
     ),
 }
 

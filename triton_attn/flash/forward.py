@@ -10,12 +10,14 @@ from .._host.options import wanted_kernels
 from .._host.tuned import choose, remember
 from .._jit.args import View
 from .._jit.blocks import block_start, num_blocks, visible_range
+from .._jit.columns import add_in_chunks, load_fixed, scores_in_chunks, store_pieces, zeros_of
 from .._jit.dropout import KEYS_PER_CALL, keep_mask, mask_origin
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
 from .._jit.tiles import (
     HALF,
+    Halves,
     Rows,
     clear_rows,
     dot_add,
@@ -23,12 +25,9 @@ from .._jit.tiles import (
     dot_pieces,
     dot_transposed,
     load_rows,
-    load_tile,
     scale_rows,
     sequence_coords,
-    store_tile,
     tile_pointers,
-    zeros_tile,
 )
 from .._jit.workarounds import fills_registers, in_vectors, one_trip, tanh_spills
 from ..dense.arguments import LENGTHS, alike_of, common_arguments, key_of, plan_kernel
@@ -98,7 +97,8 @@ def _flash_fwd_kernel(
     queries = work.start + tl.arange(0, BLOCK_M)
     queries_mask = queries < bounds.seqlen_q
     q_ptrs = tile_pointers(q, work.batch, first_row, work.head, BLOCK_M, TILE.WIDE_ROWS)
-    q_tile = load_tile(q_ptrs, queries_mask, TILE.HEAD_DIM, WIDEST)  # (BLOCK_M, HEAD_DIM)
+    EXACT: tl.constexpr = q.ptr.dtype.element_ty == tl.float32
+    q_tile = load_fixed(q_ptrs, queries_mask, TILE.HEAD_DIM, WIDEST, TILE)  # (BLOCK_M, HEAD_DIM)
     head_kv = work.head // heads.group_size
     if TILE.USE_TMA:
         coords = sequence_coords(work.batch, head_kv, bounds.first_k, bounds.seqlen_k, PACKED)
@@ -120,26 +120,32 @@ def _flash_fwd_kernel(
     origin = mask_origin(seqs.shard_ptr, work.batch, work.head, work.batch_head)
     blocks = visible_range(work.start + offset, end + offset, bounds.seqlen_k, scores.window, BLOCK_N, ALIGN)
     m_i, l_i = softmax_init(sinks_ptr, work.head, BLOCK_M)  # (BLOCK_M,)
-    acc = zeros_tile(BLOCK_M, TILE.HEAD_DIM_V, WIDEST)  # (BLOCK_M, HEAD_DIM_V)
+    acc = zeros_of(BLOCK_M, TILE.HEAD_DIM_V, WIDEST, TILE)  # (BLOCK_M, HEAD_DIM_V)
     for FULL in tl.static_range(WIDE, 1 - WIDE + STEP, STEP):
         for i in tl.range(0, num_blocks(blocks, FULL, BLOCK_N), disable_licm=not TILE.HOIST):
             start_n = block_start(blocks, i, FULL, BLOCK_N, scores.window.left is not None)
             one = one_trip(start_n, blocks.hi) if TILE.CUT_CHAIN else None
-            if HALVED:
+            end_n = None if FULL else bounds.seqlen_k
+            if TILE.CHUNKED:
+                s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                s = scores_in_chunks(q_tile, Halves(k_rows, start_n, end_n), s, TILE.HEAD_DIM, TILE)
+            elif HALVED:
                 s = dot_pieces(q_tile, k_rows, start_n, one, not FULL, TILE.HEAD_DIM, TILE)  # (BLOCK_M, BLOCK_N)
             else:
                 k_tile = load_rows(k_rows, start_n, BLOCK_N, TILE.HEAD_DIM, not FULL, TILE.WIDE_ROWS)
                 s = dot_transposed(q_tile, k_tile, PRECISION, None, one)
             if not FOLD_SCALE:
-                s = scale_scores(s, scores, slope, queries, start_n, offset, q_tile[0].dtype == tl.float32)
+                s = scale_scores(s, scores, slope, queries, start_n, offset, EXACT)
             if not FULL:
                 s = mask_scores(s, queries, start_n, bounds.seqlen_k, offset, scores.window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if FOLD_SCALE else 1.0, not FULL)
             if dropout is not None:
                 p = tl.where(keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE), p, 0.0)
             acc = scale_rows(acc, alpha)
-            if HALVED:
-                acc = dot_add_pieces(p.to(q_tile[0].dtype), v_rows, start_n, acc, not FULL, TILE)
+            if TILE.CHUNKED:
+                acc = add_in_chunks(p, Halves(v_rows, start_n, end_n), acc, TILE.HEAD_DIM_V, TILE)
+            elif HALVED:
+                acc = dot_add_pieces(p.to(q.ptr.dtype.element_ty), v_rows, start_n, acc, not FULL, TILE)
             else:
                 v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, TILE.WIDE_ROWS)
                 acc = dot_add(p.to(v_tile[0].dtype), v_tile, acc, PRECISION)
@@ -150,7 +156,7 @@ def _flash_fwd_kernel(
     if lse_ptr is not None:
         tl.store(lse_ptr + lse_row + bounds.first_q + queries, lse, mask=queries_mask)
     out_ptrs = tile_pointers(out, work.batch, first_row, work.head, BLOCK_M, TILE.WIDE_ROWS)
-    store_tile(out_ptrs, queries_mask, scale_rows(acc, norm), TILE.HEAD_DIM_V)
+    store_pieces(out_ptrs, queries_mask, scale_rows(acc, norm), TILE.HEAD_DIM_V)
 
 
 def launch_flash_fwd(call, out, lse, config=None):
