@@ -66,11 +66,12 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps, use_tma):
 
 @pytest.mark.oldest
 @pytest.mark.emulated
+@pytest.mark.parametrize("use_tma", [False, True], ids=["", "tma"])
 @pytest.mark.parametrize("head_dims", [(512, 257), (300, 40), (24, 384)], ids=str)
-def test_wide_heads_in_fp32(head_dims):
-    """Operands of matmuls are loaded in chunks of columns; dk and dv in one launch, or in two."""
+def test_wide_heads_in_fp32(head_dims, use_tma):
+    """Operands of matmuls are loaded in chunks of columns, never by TMA; dk and dv in one launch, or in two."""
     case = replace(PLAIN, **WIDE_BIT_OF_EVERYTHING, head_dim=head_dims[0], head_dim_v=head_dims[1], dropout_p=0.2)
-    tiles = alike(replace(TILE, block_m=16, block_n=16, num_warps=8))
+    tiles = alike(replace(TILE, block_m=16, block_n=16, num_warps=8, use_tma=use_tma))
     check(replace(case, dtype=torch.float32, tiles=tiles, deterministic=False))
 
 

@@ -76,11 +76,13 @@ def test_wide_heads_with_a_bit_of_everything(head_dims, num_warps):
 
 @pytest.mark.oldest
 @pytest.mark.emulated
+@pytest.mark.parametrize("use_tma", [False, True], ids=["", "tma"])
 @pytest.mark.parametrize("head_dims", [(512, 257), (300, 40), (24, 384)], ids=str)
-def test_wide_heads_in_fp32(head_dims):
-    """Operands of matmuls are loaded in chunks of columns, of which the last may reach past the head dimension."""
+def test_wide_heads_in_fp32(head_dims, use_tma):
+    """Operands of matmuls are loaded in chunks of columns, of which the last may reach past the head dimension. TMA is
+    not used, since it loads whole tiles."""
     case = replace(PLAIN, **WIDE_BIT_OF_EVERYTHING, head_dim=head_dims[0], head_dim_v=head_dims[1], dropout_p=0.2)
-    check(replace(case, dtype=torch.float32, config=FlashConfig(16, 32, 8, 1)))
+    check(replace(case, dtype=torch.float32, config=FlashConfig(16, 32, 8, 1, use_tma)))
 
 
 OPTIONS_OF_HOPPER = {

@@ -243,6 +243,7 @@ FAULTS = (
         "(x.start < x.rows.seqlen).to",
         "BACKWARD",
     ),
+    Fault("F76", "triton_attn/dense/arguments.py", "use_tma = use_tma and not chunked", "pass", "FLASH"),
     Fault("F16", "triton_attn/_jit/tiles.py", "x.source + tl.cast(start, tl.int64)", "x.source + start", "FLASH"),
     Fault(
         "F17",
@@ -1808,8 +1809,8 @@ FAULTS = (
     Fault(
         "Q48",
         "triton_attn/cache/gather.py",
-        "if plan is not None and plan.is_for(k_cache):",
-        "if plan is not None:",
+        "if known is not None and known[0].is_for(k_cache):",
+        "if known is not None:",
         "KNOWN",
     ),
     Fault(

@@ -170,9 +170,10 @@ def plan_kernel(
     of_k = shape_k[-3], key.max_seqlen_k, config.block_n
     (num_rows, longest, block), (_, longest_walked, block_walked) = (of_k, of_q) if over_keys else (of_q, of_k)
     num_heads, num_sharing = (num_heads_kv, 1) if over_keys else (num_heads_q, group_size)
+    chunked = in_chunks(key.problem.dtype, key.head_dims)
+    use_tma = use_tma and not chunked  # it would load whole tiles
     by_tma = () if not use_tma else (0, 3, 4) if over_keys else (1, 2)
     # Tiles of narrower heads have more rows.
-    chunked = in_chunks(key.problem.dtype, key.head_dims)
     cut_chain = not chunked and max(key.head_dims) > HALF.value and repeats(key.arch, block, config.num_warps)
     num_tiles = tiles_each(longest, num_rows, key.batch, block)
     section_size = 1

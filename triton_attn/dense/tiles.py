@@ -82,9 +82,13 @@ def in_chunks(dtype, head_dims):
 
 def tma_obstacle(config, case):
     """Why a config cannot use TMA; None if it can, or does not use it."""
-    if config.use_tma and not case.gpu.tma:
+    if not config.use_tma:
+        return None
+    if not case.gpu.tma:
         return f"{case.arch} has no TMA"
-    return "TMA needs rows in units of 16 bytes" if config.use_tma and not case.suits_tma else None
+    if case.in_chunks:
+        return "TMA loads whole tiles, not chunks"
+    return None if case.suits_tma else "TMA needs rows in units of 16 bytes"
 
 
 def padded_head_dim(head_dim):
