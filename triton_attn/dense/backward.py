@@ -52,9 +52,8 @@ def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, conf
     key = key_of(call, dout)
     config = config or _config_of(key)
     has_factor = options.softcap is not None or options.dropout_p > 0
-    apart = dk_apart_from_dv(key.arch, key.head_dims, config.dkdv, has_factor)
-    may_fuse = not (deterministic or apart or in_chunks(q.dtype, key.head_dims))
-    fused = want_dq and (want_dk or want_dv) and config.fused is not None and may_fuse
+    apart, may_fuse = _schedule(key.arch, q.dtype, key.head_dims, config.dkdv, has_factor)
+    fused = want_dq and (want_dk or want_dv) and config.fused is not None and may_fuse and not deterministic
 
     layout = torch.preserve_format if like_inputs else torch.contiguous_format
     dk = torch.empty_like(k, memory_format=layout) if want_dk else None
@@ -76,6 +75,13 @@ def launch_flash_bwd_of_sums(call, dout, sums, wanted, deterministic=False, conf
     elif want_dq:
         _launch_dq(problem, config.dq, dq)
     return dq, dk, dv
+
+
+@remember
+def _schedule(arch, dtype, head_dims, tile, has_factor):
+    """(whether dk and dv have a launch each, whether a launch may compute dq with them)."""
+    apart = dk_apart_from_dv(arch, head_dims, tile, has_factor)
+    return apart, not apart and not in_chunks(dtype, head_dims)
 
 
 @remember
