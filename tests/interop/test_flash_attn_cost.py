@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compiled
 
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 def test_host_cost(varlen, record_property):
-    """Python calls repeat exactly. The ratio of times is 1.15: the direct call takes 35 us."""
+    """Python calls repeat exactly. The ratio of times is 1.15."""
     q, k, v = (torch.empty(4, 512, heads, 128, dtype=torch.float16) for heads in (32, 8, 8))
     if varlen:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
