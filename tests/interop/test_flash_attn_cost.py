@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compiled
 
 @pytest.mark.parametrize("varlen", [False, True], ids=["dense", "varlen"])
 def test_host_cost(varlen, record_property):
-    """Python calls repeat exactly. The ratio of times is 1.15."""
+    """Python calls repeat exactly. The ratio of times is 1.14; the goal is 1.1."""
     q, k, v = (torch.empty(4, 512, heads, 128, dtype=torch.float16) for heads in (32, 8, 8))
     if varlen:
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -27,5 +27,5 @@ def test_host_cost(varlen, record_property):
         extra_calls = python_calls(calls["door"]) - python_calls(calls["direct"])
         *_, ratio = compare(calls["door"], calls["direct"], batches=100)
     record_property("figure", f"{door.__name__}: {ratio:.2f} of the direct call, {extra_calls} more Python calls")
-    assert extra_calls <= 14
-    assert ratio <= 1.2 * ELSEWHERE
+    assert extra_calls <= 9
+    assert ratio <= 1.1 * ELSEWHERE

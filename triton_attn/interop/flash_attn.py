@@ -67,7 +67,7 @@ def flash_attn_func(
         >>> flash_attn_func(q, k, v, causal=True).shape
         torch.Size([1, 16, 2, 64])
     """
-    q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
+    q, k, v = [_with_contiguous_rows(x) for x in (q, k, v)]
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux)
     seed = _dropout_seed(q, dropout_p) if return_attn_probs else None
     dropout: dict[str, Any] = dict(dropout_p=dropout_p, dropout_seed=seed, deterministic=bool(deterministic))
@@ -183,7 +183,7 @@ def flash_attn_varlen_func(
         >>> flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 10, 10, causal=True).shape
         torch.Size([16, 2, 64])
     """
-    q, k, v = (_with_contiguous_rows(x) for x in (q, k, v))
+    q, k, v = [_with_contiguous_rows(x) for x in (q, k, v)]
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, s_aux)
     if block_table is not None:
         if dropout_p != 0:
@@ -529,4 +529,4 @@ def _sinks(s_aux):
 
 def _window(window_size) -> Any:
     """Any negative side is unlimited."""
-    return tuple(max(side, -1) for side in window_size)
+    return tuple([max(side, -1) for side in window_size])
