@@ -315,8 +315,9 @@ def of_argument(bytes_by_name, name):
     return sum(bytes_by_name[key] for key in (f"{name}.ptr", f"{name}_desc", f"{name}_desc_rest"))
 
 
-def rows_loaded(case, config, of_queries=False):
-    """Keys read by the programs that own tiles of queries, or queries by those that own tiles of keys.
+def rows_loaded(case, config, of_queries=False, own=False):
+    """Keys read by the programs that own tiles of queries, or queries by those that own tiles of keys; with own the
+    rows of their own tiles, if they are read again with each tile.
 
     Each reads whole tiles, from the first to the last row that is visible to one of its own rows (or sees one), for
     every head.
@@ -330,5 +331,6 @@ def rows_loaded(case, config, of_queries=False):
             seen = rows.any(0).nonzero()
             if len(seen):
                 lo, hi = int(seen[0]) // align * align, int(seen[-1]) + 1
-                num_rows += min(-(-(hi - lo) // block_read) * block_read, visible.shape[1] - lo)
+                num_tiles = -(-(hi - lo) // block_read)
+                num_rows += num_tiles * len(rows) if own else min(num_tiles * block_read, visible.shape[1] - lo)
     return num_rows * case.num_heads_q

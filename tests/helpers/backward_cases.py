@@ -177,9 +177,10 @@ def check_accesses(case, accesses):
     num_keys = (sum(case.seqlens_k) + spare_rows) * case.num_heads_kv
     assert accesses.bytes_stored["dk.ptr"] == num_keys * case.head_dim * size
     assert accesses.bytes_stored["dv.ptr"] == num_keys * case.head_dim_v * size
-    if chunked:  # it loads its own tile again with each that passes
+    if chunked:
         num_rows = (sum(case.seqlens_q) + spare_rows) * case.num_heads_q
         assert accesses.bytes_stored["dq.ptr"] == num_rows * case.head_dim * size
+        check_loads_of_chunks(case, accesses.bytes_loaded, launches)
         return
     tile = case.tiles.fused if fused else case.tiles.dkdv
     num_queries = rows_loaded(case, tile, of_queries=True) * launches
@@ -200,3 +201,18 @@ def check_accesses(case, accesses):
     again = passing if loads_twice(case, case.tiles.dq, case.tiles.dq.block_m) else 0
     assert of_argument(accesses.bytes_loaded, "k") == (num_keys + again) * case.head_dim * size
     assert of_argument(accesses.bytes_loaded, "v") == num_keys * case.head_dim_v * size
+
+
+def check_loads_of_chunks(case, bytes_loaded, launches):
+    """A program loads chunks of its own tile with each tile that passes: q and k for S, v and dout for dP. It loads
+    tiles that pass for these, and again for dK, dV and dQ. delta reads dout."""
+    tiles, size = case.tiles, case.dtype.itemsize
+    queries, keys = rows_loaded(case, tiles.dkdv, of_queries=True), rows_loaded(case, tiles.dq)
+    own_keys = rows_loaded(case, tiles.dkdv, of_queries=True, own=True) * launches
+    own_queries = rows_loaded(case, tiles.dq, own=True)
+    passing = queries * (launches + 1)  # once for S or dP in each launch of dkdv, and for dK or dV in one of them
+    rows = passing + own_queries
+    assert bytes_loaded["q.ptr"] == rows * case.head_dim * size
+    assert bytes_loaded["dout.ptr"] == (rows + sum(case.seqlens_q) * case.num_heads_q) * case.head_dim_v * size
+    assert bytes_loaded["k.ptr"] == (own_keys + 2 * keys) * case.head_dim * size
+    assert bytes_loaded["v.ptr"] == (own_keys + keys) * case.head_dim_v * size
