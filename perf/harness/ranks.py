@@ -36,6 +36,7 @@ def process_group():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     device, backend = ("cuda", "nccl") if has_gpu() else ("cpu", "gloo")
     dist.init_process_group(backend)
+    dist.barrier()  # a rank that ends at once would close connections that others still make
     try:
         yield init_device_mesh(device, (dist.get_world_size(),))
     finally:

@@ -5,6 +5,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from groups import join_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.experimental._context_parallel import _attention
@@ -20,9 +21,7 @@ def run_rank(rank, world_size, store):
     """(rank, largest errors against fp64 by what was computed, None), or (rank, None, the exception's text)."""
     options = _attention._cp_options
     try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=TIMEOUT
-        )
+        join_group(store, rank, world_size, TIMEOUT)
         with mock.patch.object(options, "enable_load_balance", options.enable_load_balance):
             handle = override("CPU")
             try:

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from groups import join_group
 from sharded_caches import largest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -188,7 +189,7 @@ def _of_rank(environment, target, arguments):
 def _run_rank(results, check, cases, rank, num_ranks, store):
     failures = []
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks, timeout=TIMEOUT)
+        join_group(store, rank, num_ranks, TIMEOUT)
         mesh = init_device_mesh("cpu", (num_ranks,))
         for case in cases:
             try:
@@ -566,8 +567,7 @@ def run_without_a_rank(call, num_ranks, folder, timeout=100):
 
 
 def _run_without_a_rank(call, rank, num_ranks, folder, timeout):
-    options = dict(rank=rank, world_size=num_ranks, timeout=datetime.timedelta(seconds=timeout))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+    join_group(folder / "store", rank, num_ranks, datetime.timedelta(seconds=timeout))
     said = "nothing"
     try:
         call(init_device_mesh("cpu", (num_ranks,)))
