@@ -13,6 +13,7 @@ replayed `run` uses those of the last `plan`. `plan` with device tensors has no 
 """
 
 from ..support import Support
+from .decode import BatchDecodeWithPagedKVCacheWrapper, CUDAGraphBatchDecodeWithPagedKVCacheWrapper
 from .functions import (
     merge_state,
     merge_state_in_place,
@@ -20,14 +21,9 @@ from .functions import (
     single_decode_with_kv_cache,
     single_prefill_with_kv_cache,
 )
+from .mla import BatchMLAPagedAttentionWrapper
 from .pages import append_paged_kv_cache, append_paged_mla_kv_cache, get_batch_indices_positions, get_seq_lens
-from .wrappers import (
-    BatchDecodeWithPagedKVCacheWrapper,
-    BatchMLAPagedAttentionWrapper,
-    BatchPrefillWithPagedKVCacheWrapper,
-    BatchPrefillWithRaggedKVCacheWrapper,
-    CUDAGraphBatchDecodeWithPagedKVCacheWrapper,
-)
+from .prefill import BatchPrefillWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
