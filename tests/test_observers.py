@@ -127,6 +127,9 @@ class Case(NamedTuple):
 
 CASES = {
     "flash_attention": Case(flash_attention, lambda: qkv(2, 5, return_lse=True, sinks=randn(HEADS)), trained=True),
+    "flash_attention, into a tensor": Case(
+        flash_attention, lambda: qkv(2, 5, out=randn(2, 5, HEADS, DIM), return_lse=True), written=("out",)
+    ),
     "flash_attention_varlen": Case(
         flash_attention_varlen, lambda: qkv(5, **packed(), causal=True, return_lse=True), trained=True
     ),

@@ -176,6 +176,36 @@ WRONG = {
         TypeError,
         "dropout_seed: expected dtype torch.int64, got torch.int32",
     ),
+    "out with q's head dimension": (
+        {"out": tensor(2, 5, 4, 16)},
+        ValueError,
+        "out: expected shape (2, 5, 4, 24), got shape (2, 5, 4, 16)",
+    ),
+    "out of another dtype": (
+        {"out": tensor(2, 5, 4, 24, dtype=torch.float32)},
+        TypeError,
+        "out: expected torch.float16, got torch.float32",
+    ),
+    "out elsewhere": (
+        {"out": tensor(2, 5, 4, 24, device="meta")},
+        ValueError,
+        f"out: expected device {tensor(1).device}, got meta",
+    ),
+    "out with a strided last dimension": (
+        {"out": last_dim_strided(2, 5, 4, 24)},
+        ValueError,
+        "out: expected a contiguous last dimension (stride 1), got stride 2",
+    ),
+    "out where a gradient is wanted": (
+        {"out": tensor(2, 5, 4, 24), "k": tensor(2, 7, 2, 16).requires_grad_()},
+        NotImplementedError,
+        "out: gradients are not supported with it, got a call that wants some; leave it out",
+    ),
+    "out that requires a gradient": (
+        {"out": tensor(2, 5, 4, 24).requires_grad_()},
+        NotImplementedError,
+        "out: gradients are not supported with it, got a call that wants some; leave it out",
+    ),
 }
 
 WRONG_VARLEN = {
@@ -220,6 +250,11 @@ WRONG_VARLEN = {
         TypeError,
         "max_seqlen_q: expected an int, or a tensor of one int32 or int64, got torch.int32 of shape (2,)",
     ),
+    "out of a dense batch": (
+        {"out": tensor(1, 5, 4, 24)},
+        ValueError,
+        "out: expected shape (5, 4, 24), got shape (1, 5, 4, 24)",
+    ),
     "max_seqlen_k is negative": ({"max_seqlen_k": -1}, ValueError, "max_seqlen_k: expected 0 to 2**31 - 1, got -1"),
     "alibi_slopes of another batch": (
         {"alibi_slopes": tensor(5, 4, dtype=torch.float32)},
@@ -255,7 +290,7 @@ def test_varlen_arguments(changed, error, message, launches):
 
 
 @pytest.mark.parametrize(
-    "name", ["causal", "softmax_scale", "window_size", "softcap", "sinks", "alibi_slopes", "dropout_p"]
+    "name", ["causal", "softmax_scale", "window_size", "softcap", "sinks", "alibi_slopes", "dropout_p", "out"]
 )
 def test_varlen_checks_its_options_too(name, launches):
     with pytest.raises(TypeError, match=f"^{name}: expected"):

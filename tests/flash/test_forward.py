@@ -51,6 +51,7 @@ def test_a_bit_of_everything(dtype, use_tma):
             dtype=dtype,
             sinks=dtype,
             config=replace(PLAIN.config, use_tma=use_tma),
+            out_layout="sliced",
         )
     )
 
@@ -87,8 +88,14 @@ def test_wide_heads_in_fp32(head_dims, use_tma):
 
 OPTIONS_OF_HOPPER = {
     "plain": {"softmax_scale": 1.0},  # maxima move so far that some rows of a warp are rescaled
-    "window": {"window_size": (130, -1), "sinks": torch.bfloat16},
-    "all": {"window_size": (40, 30), "softcap": 20.0, "alibi": "per sequence", "sinks": torch.float32},
+    "window": {"window_size": (130, -1), "sinks": torch.bfloat16, "out_layout": "heads first"},
+    "all": {
+        "window_size": (40, 30),
+        "softcap": 20.0,
+        "alibi": "per sequence",
+        "sinks": torch.float32,
+        "out_layout": "sliced and aligned",
+    },
     "parts": {"window_size": (90, -1), "shards": ((120, 60, 0), (5, 0, 0), (0, 9, 0), (0, 60, 0)), "alibi": "per head"},
 }
 

@@ -50,6 +50,7 @@ class Case(Scores):
     seed: int
     dropout_p: float = 0.0
     shards: tuple | None = None  # (query_start, key_start, dropout_row) of each sequence; None: whole sequences
+    out_layout: str | None = None  # of an out that is given: a key of LAYOUTS but "expanded"
 
     def shard(self, i):
         """The shard of sequence i; a whole sequence is one too."""
@@ -192,7 +193,12 @@ class Inputs:
     def call(self):
         """out (rows, heads, dim) and lse (rows, heads) of the public function, for sequences that are not poisoned."""
         case = self.case
-        out, lse = self.call_with(*self.given, self.sinks)
+        options = {}
+        if case.out_layout is not None:
+            q = self.given[0]
+            options["out"] = LAYOUTS[case.out_layout](q.new_full((*q.shape[:-1], case.head_dim_v), NAN))
+        out, lse = self.call_with(*self.given, self.sinks, **options)
+        assert out is options.get("out", out)
         if not case.varlen:
             return out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
         end = sum(case.seqlens_q)

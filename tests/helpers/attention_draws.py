@@ -54,4 +54,5 @@ def cases(draw, dtype, varlen):
         seed=draw(st.integers(0, 2**16)),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
         shards=_shards(draw, batch) if draw(st.sampled_from([False, False, True])) else None,
+        out_layout=draw(st.sampled_from([None, None, "contiguous", "heads first", "sliced", "sliced and aligned"])),
     )

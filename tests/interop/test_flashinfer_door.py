@@ -557,6 +557,9 @@ def test_mla(device, case, as_tensors):
     batch.run(out=given, lse=natural, return_lse=True, return_lse_base_on_e=True)
     assert torch.equal(given, out)
     torch.testing.assert_close(natural / math.log(2), lse)
+    strided = torch.empty(*out.shape, 2, dtype=out.dtype, device=device)[..., 0]
+    assert batch.run(out=strided) is strided
+    assert torch.equal(strided, out)
 
 
 def test_mla_graphs_and_appending(device):

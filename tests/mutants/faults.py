@@ -244,6 +244,21 @@ FAULTS = (
         "BACKWARD",
     ),
     Fault("F76", "triton_attn/dense/arguments.py", "use_tma = use_tma and not chunked", "pass", "FLASH"),
+    Fault(
+        "F77",
+        "triton_attn/flash/api.py",
+        "outputs.new(q, return_lse, out)",
+        "outputs.new(q, return_lse)",
+        "FLASH",
+    ),
+    Fault("F78", "triton_attn/flash/api.py", "    if checked.wants_grad:", "    if False:", "ERRORS"),
+    Fault(
+        "F79",
+        "triton_attn/flash/api.py",
+        '        check_last_contiguous("out", out)\n',
+        "",
+        "ERRORS",
+    ),
     Fault("F16", "triton_attn/_jit/tiles.py", "x.source + tl.cast(start, tl.int64)", "x.source + start", "FLASH"),
     Fault(
         "F17",

@@ -119,8 +119,9 @@ def attend_shards(
         for name in ("alibi_slopes", "sinks")
         if options.get(name) is not None
     }
-    if options.get("shard") is not None:
-        fail("shard", "None with DTensors", type(options["shard"]).__name__)
+    for name in ("shard", "out"):
+        if options.get(name) is not None:
+            fail(name, "None with DTensors", type(options[name]).__name__)
     if check_number("dropout_p", options.get("dropout_p", 0.0)) > 0:
         if options.get("dropout_seed") is None:
             fail("dropout_seed", "an int or a tensor, the same on all ranks, with dropout", None)

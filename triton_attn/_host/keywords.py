@@ -26,6 +26,7 @@ class Flash(Masked, total=False):
     dropout_seed: int | Tensor | None
     deterministic: bool
     shard: Tensor | None
+    out: Tensor | None
 
 
 class FlashVarlen(Flash, total=False):

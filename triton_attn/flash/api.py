@@ -11,14 +11,16 @@ from .._host.call import Call, Lengths, Problem, check_packed, packed_lengths, p
 from .._host.checks import (
     check_bool,
     check_kernel_dtype,
+    check_last_contiguous,
     check_qkv_layout,
     check_same_kind,
+    check_tensor,
     layout_of,
 )
 from .._host.dtensors import DENSE, PACKED, attend_shards, has_dtensor
 from .._host.known import check_once, sides_of, window_of
 from .._host.layout import Outputs, outputs_of
-from .._host.observers import autocast, is_observed, refuse_transforms, wants_gradients
+from .._host.observers import autocast, is_observed, refuse_transforms, refuse_vmap, wants_gradients
 from .._host.options import (
     AttentionOptions,
     attention_options,
@@ -60,6 +62,7 @@ def flash_attention(
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
     shard: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, without the matrix of scores in memory.
@@ -92,6 +95,8 @@ def flash_attention(
             and some of its keys. For each sequence: the position of the first query, the position of the first key, and
             the index of the first head as dropout counts it, which is sequence * num_heads_q + head in the whole call.
             Masks, ALiBi and dropout are then those of the whole. None: whole sequences, aligned to the bottom right.
+        out: tensor for the result: any strides, the last dimension contiguous, no memory in common with the inputs. Not
+            where a gradient is wanted. Under torch.compile and other observers the result is copied to it.
         return_lse: also return the natural log-sum-exp of the scores, including the sink.
 
     Returns:
@@ -111,8 +116,8 @@ def flash_attention(
     Raises:
         TypeError, ValueError: an argument is wrong, or a sequence or packed batch has more than 10**9 rows; nothing was
             launched.
-        NotImplementedError: gradients of alibi_slopes, second derivatives, forward
-            mode, and torch.func, except vmap, which loops.
+        NotImplementedError: gradients of alibi_slopes, second derivatives, forward mode, torch.func except vmap, which
+            loops, and `out` with gradients or vmap.
 
     Example:
         >>> q = torch.randn(2, 100, 8, 64)
@@ -136,16 +141,17 @@ def flash_attention(
             dropout_seed=dropout_seed,
             deterministic=deterministic,
             shard=shard,
+            out=out,
             return_lse=return_lse,
         )
         return attend_shards(flash_attention, DENSE, (q, k, v), (), options)
     q, k, v = autocast(q, k, v)
     numbers = causal, softmax_scale, softcap, deterministic, return_lse, *sides_of(window_size)
-    checked = check_call((q, k, v, alibi_slopes, sinks, shard), numbers)
+    checked = check_call((q, k, v, alibi_slopes, sinks, shard, out), numbers)
     options = with_tensors(checked.options, alibi_slopes, sinks, shard)
     options = with_dropout(options, q, dropout_p, dropout_seed)
     check_values = shard is not None and should_check_values(None)
-    return _attend(Call(q, k, v, checked.lengths, options, checked.problem), checked, check_values)
+    return _attend(Call(q, k, v, checked.lengths, options, checked.problem), checked, check_values, out)
 
 
 @overload
@@ -206,6 +212,7 @@ def flash_attention_varlen(
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
     shard: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -252,18 +259,19 @@ def flash_attention_varlen(
             dropout_seed=dropout_seed,
             deterministic=deterministic,
             shard=shard,
+            out=out,
             return_lse=return_lse,
             check_values=check_values,
         )
         return attend_shards(flash_attention_varlen, PACKED, (q, k, v), lengths, options)
     q, k, v = autocast(q, k, v)
     numbers = causal, softmax_scale, softcap, deterministic, return_lse, *sides_of(window_size)
-    checked = check_call((q, k, v, alibi_slopes, sinks, shard, cu_seqlens_q, cu_seqlens_k), numbers)
+    checked = check_call((q, k, v, alibi_slopes, sinks, shard, out, cu_seqlens_q, cu_seqlens_k), numbers)
     lengths = packed_lengths(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     check_values = should_check_values(check_values)
     options = with_tensors(checked.options, alibi_slopes, sinks, shard)
     options = with_dropout(options, q, dropout_p, dropout_seed)
-    return _attend(Call(q, k, v, lengths, options, checked.problem), checked, check_values)
+    return _attend(Call(q, k, v, lengths, options, checked.problem), checked, check_values, out)
 
 
 class Checked(NamedTuple):
@@ -282,7 +290,7 @@ class Checked(NamedTuple):
 @check_once
 def check_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Checked:
     """Check all but dropout and the longest lengths of a packed batch, whose tensors include both cu_seqlens."""
-    q, k, v, alibi_slopes, sinks, shard, *cu_seqlens = tensors
+    q, k, v, alibi_slopes, sinks, shard, out, *cu_seqlens = tensors
     causal, softmax_scale, softcap, deterministic, return_lse, *sides = numbers
     check_same_kind(q, k, v)
     layout, lengths, batch = layout_of(q, k, v), None, None
@@ -295,12 +303,15 @@ def check_call(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Checked:
     check_head_tensors(q, q.shape[0] if batch is None else batch, alibi_slopes, sinks)
     if shard is not None:
         check_shard(shard, q, q.shape[0] if batch is None else batch)
+    if out is not None:
+        check_tensor("out", out, (*q.shape[:-1], v.shape[-1]), (q.dtype,), q.device)
+        check_last_contiguous("out", out)
     deterministic = check_bool("deterministic", deterministic)
     return_lse = check_bool("return_lse", return_lse)
     problem = problem_of((q, k, v), batch, with_tensors(options, alibi_slopes, sinks, shard))
     outputs = outputs_of(q.shape, v.shape[-1], q.dtype)
     differentiable = q, k, v, sinks, alibi_slopes
-    observers = wants_gradients(*differentiable), is_observed(*differentiable, but_autograd=True)
+    observers = wants_gradients(*differentiable, out), is_observed(*differentiable, out, but_autograd=True)
     return Checked(options, problem, lengths, deterministic, return_lse, outputs, *observers)
 
 
@@ -310,14 +321,16 @@ def checked_options(ndim, layout, causal, softmax_scale, window_size, softcap):
     return attention_options(layout[0][0][-1], causal, softmax_scale, softcap, window_size)
 
 
-def _attend(call: Call, checked: Checked, check_values: bool) -> Any:
+def _attend(call: Call, checked: Checked, check_values: bool, out: Tensor | None) -> Any:
     """out, or (out, lse). autograd.py has what a call that is traced or differentiated goes through."""
     q, k, v, _, options, _ = call
     *_, return_lse, outputs, wants_grad, by_operator = checked
+    if out is not None:
+        _check_written(call, checked, out)
     if not use_kernel(q):
         if check_values:
             call.check_values()
-        return reference.compute(call, return_lse)
+        return reference.compute(call, return_lse, out)
     check_kernel_dtype(q)
     if by_operator or wants_grad:
         refuse_transforms(q=q, k=k, v=v, sinks=options.sinks, alibi_slopes=options.alibi_slopes)
@@ -326,16 +339,28 @@ def _attend(call: Call, checked: Checked, check_values: bool) -> Any:
     if by_operator:
         from .autograd import attend  # not cached, of which tracers warn
 
-        out, lse = attend(call, checked.deterministic, check_values)
+        result, lse = attend(call, checked.deterministic, check_values)
+        out = result if out is None else out.copy_(result)
         return (out, lse) if return_lse else out
     if check_values:
         call.check_values()
     if wants_grad:
         out, lse = _differentiable_kernel()(q, k, v, options.sinks, call, checked)
     else:
-        out, lse = outputs.new(q, return_lse)
+        out, lse = outputs.new(q, return_lse, out)
         _kernel()(call, out, lse)
     return (out, lse) if return_lse else out
+
+
+def _check_written(call, checked, out):
+    """A call that writes to `out` has no derivatives, and vmap cannot see what it writes."""
+    q, k, v, _, options, _ = call
+    if checked.by_operator:
+        tensors = dict(q=q, k=k, v=v, sinks=options.sinks, alibi_slopes=options.alibi_slopes, out=out)
+        refuse_transforms(**tensors)
+        refuse_vmap(**tensors)
+    if checked.wants_grad:
+        raise NotImplementedError("out: gradients are not supported with it, got a call that wants some; leave it out")
 
 
 @functools.cache

@@ -41,9 +41,7 @@ def forward_pass(
     if out.shape != (*q.shape[:-1], v.shape[-1]) or out.dtype != q.dtype:
         fail("out", f"shape {(*q.shape[:-1], v.shape[-1])}, {q.dtype}", f"shape {tuple(out.shape)}, {out.dtype}")
     if not use_kernel(q):
-        result, lse = reference.compute(call, return_lse=True)
-        out.copy_(result)
-        return lse
+        return reference.compute(call, return_lse=True, out=out)[1]
     check_kernel_dtype(q)
     _, lse = new_outputs(q, v, out=out)
     _launchers()[0](call, out, lse)
@@ -155,7 +153,7 @@ def _checked_call(
     is_packed = lengths[0] is not None or lengths[1] is not None
     cu_seqlens = lengths[:2] if is_packed else ()
     numbers = causal, softmax_scale, softcap, False, True, *sides_of(window_size)
-    checked = check_call((q, k, v, alibi_slopes, sinks, shard, *cu_seqlens), numbers)
+    checked = check_call((q, k, v, alibi_slopes, sinks, shard, None, *cu_seqlens), numbers)
     lengths = packed_lengths(*lengths) if is_packed else Lengths(*lengths)
     options = with_tensors(checked.options, alibi_slopes, sinks, shard)
     options = with_dropout(options, q, dropout_p, dropout_seed)

@@ -11,13 +11,13 @@ from .._host.definition import Padded, attend, attention_gradients, packed_bound
 from .._host.observers import is_observed, without_autocast
 
 
-def compute(call: Call, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+def compute(call: Call, return_lse: bool, out: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """What a checked call returns."""
     q, k, v, (cu_seqlens_q, cu_seqlens_k, *longest), options, _ = call
-    arguments = options.as_arguments()
+    arguments = dict(options.as_arguments(), out=out, return_lse=return_lse)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        return flash_attention(q, k, v, **arguments, return_lse=return_lse)
-    return flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, **arguments, return_lse=return_lse)
+        return flash_attention(q, k, v, **arguments)
+    return flash_attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, **arguments)
 
 
 @without_autocast
@@ -36,6 +36,7 @@ def flash_attention(
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
     shard: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The definition of `triton_attn.flash_attention`: the whole matrix of scores, in fp32 (fp64 for fp64 inputs)."""
@@ -51,8 +52,8 @@ def flash_attention(
     )
     seed = _seed(dropout_seed) if dropout_p > 0 else None
     keep = _keep_mask(seed, dropout_p, range(q.shape[0]), q.shape[2], q.shape[1], k.shape[1], shard)
-    out, lse = attend(q, k, v, keep=keep, offset=_offset(shard), **options)
-    return (out, lse) if return_lse else out
+    result, lse = attend(q, k, v, keep=keep, offset=_offset(shard), **options)
+    return _results(result, lse, out, return_lse)
 
 
 @without_autocast
@@ -75,6 +76,7 @@ def flash_attention_varlen(
     dropout_seed: int | Tensor | None = None,
     deterministic: bool = False,
     shard: Tensor | None = None,
+    out: Tensor | None = None,
     return_lse: bool = False,
     check_values: bool | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -97,22 +99,27 @@ def flash_attention_varlen(
         sequences = range(cu_seqlens_q.shape[0] - 1)
         keep = _keep_mask(seed, dropout_p, sequences, q.shape[1], queries.longest, keys.longest, shard)
         places = dict(lengths=(queries.lengths, keys.lengths), offset=_offset(shard))
-        out, lse = attend(queries.pad(q), keys.pad(k), keys.pad(v), keep=keep, **places, **options)
-        out = queries.unpad(out, 0.0)
+        result, lse = attend(queries.pad(q), keys.pad(k), keys.pad(v), keep=keep, **places, **options)
+        result = queries.unpad(result, 0.0)
         lse = queries.unpad(lse.transpose(1, 2), float("-inf")).T.contiguous()
-        return (out, lse) if return_lse else out
+        return _results(result, lse, out, return_lse)
     bounds_q, bounds_k = packed_bounds(cu_seqlens_q, len(q)), packed_bounds(cu_seqlens_k, len(k))
     outs, lses = [], []
     for i in range(len(bounds_q) - 1):
         rows_q, rows_k = slice(*bounds_q[i : i + 2]), slice(*bounds_k[i : i + 2])
-        out, lse = _attend_to(i, q[rows_q], k[rows_k], v[rows_k], shard, seed, options)
-        outs.append(out)
-        lses.append(lse)
+        out_i, lse_i = _attend_to(i, q[rows_q], k[rows_k], v[rows_k], shard, seed, options)
+        outs.append(out_i)
+        lses.append(lse_i)
     padding = q.shape[0] - bounds_q[-1]
     outs.append(q.new_zeros(padding, q.shape[1], v.shape[2]))
     lses.append(q.new_full((q.shape[1], padding), float("-inf"), dtype=options["compute_dtype"]))
-    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
-    return (out, lse) if return_lse else out
+    return _results(torch.cat(outs), torch.cat(lses, dim=1), out, return_lse)
+
+
+def _results(result, lse, out, return_lse):
+    """What a function returns; `out` is the caller's, or None."""
+    result = result if out is None else out.copy_(result)
+    return (result, lse) if return_lse else result
 
 
 def _attend_to(i, q, k, v, shard, seed, options):

@@ -335,7 +335,8 @@ class PagedAttention:
         if num_tokens != query.shape[0]:  # views cost the host time
             query, written = query[:num_tokens], output[:num_tokens]
         if self.is_encoder:
-            written.copy_(self._attend_to_new(query, key[:num_tokens], value[:num_tokens], attn_metadata, causal=False))
+            new = query, key[:num_tokens], value[:num_tokens]
+            self._attend_to_new(*new, attn_metadata, causal=False, out=written)
         elif attn_metadata.key_shard is not None:
             new = query, key[:num_tokens], value[:num_tokens]
             written.copy_(self._attend_across_ranks(layer, new, kv_cache, attn_metadata))
@@ -357,10 +358,10 @@ class PagedAttention:
         caches, scales = self._split(layer, kv_cache)
         append_kv_cache(key[:num_tokens], value[:num_tokens], *caches, slot_mapping, **scales)
 
-    def _attend_to_new(self, query, key, value, metadata, causal):
+    def _attend_to_new(self, query, key, value, metadata, causal, **options):
         """Attention of the batch's tokens to each other."""
         starts, longest = metadata.query_start_loc, metadata.max_query_len
-        options = dict(causal=causal, **self._options(query, causal))
+        options |= dict(causal=causal, **self._options(query, causal))
         return flash_attention_varlen(query, key, value, starts, starts, longest, longest, **options)
 
     def _attend_to_cache(self, layer, query, kv_cache, metadata, lengths, **options):
@@ -591,7 +592,9 @@ class LatentAttention:
         starts, longest = prefill.query_start_loc, prefill.max_query_len
         options = dict(softmax_scale=self.scale, return_lse=True)
         cache, scale = _as_fp8(kv_c_and_k_pe_cache, self.kv_cache_dtype, k_scale)
-        out, lse = flash_attention_varlen(q, k, v, starts, starts, longest, longest, causal=True, **options)
+        out = output.view(-1, self.num_heads, self.v_head_dim)
+        lengths = starts, starts, longest, longest
+        _, lse = flash_attention_varlen(q, k, v, *lengths, causal=True, out=out, **options)
         for chunk in () if prefill.chunked_context is None else prefill.chunked_context.chunks:
             tokens = chunk.token_slice
             rows = self._read_context(cache, scale, prefill.block_table[chunk.request_slice], chunk, q.dtype)
@@ -599,7 +602,6 @@ class LatentAttention:
             lengths = chunk.query_start_loc, chunk.cu_seq_lens, chunk.max_query_len, chunk.max_seq_len
             part = flash_attention_varlen(q[tokens], k, v, *lengths, causal=False, **options)
             out[tokens], lse[:, tokens] = _merge((out[tokens], lse[:, tokens]), part)
-        output.view(-1, self.num_heads, self.v_head_dim).copy_(out)
 
     def _keys_and_values(self, latents, k_pe):
         """(num_tokens, num_heads, nope + rope) and (num_tokens, num_heads, v_head_dim) by the model's projection."""

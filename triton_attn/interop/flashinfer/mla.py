@@ -115,7 +115,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             q_nope, q_pe: (qo_indptr[-1] or more, num_heads, head_dim_ckv) and (..., head_dim_kpe).
             ckv_cache, kpe_cache: (num_pages, page_size, head_dim_ckv) and (num_pages, page_size, head_dim_kpe), which
                 may be slices of one tensor.
-            out, lse: where to write the results; out takes a copy.
+            out, lse: where to write the results. An out that is not contiguous takes a copy.
             return_lse_base_on_e: lse is the natural logarithm, not that of base 2.
             ckv_scale, kpe_scale: factors of fp8 caches, a number above 0 or an fp32 tensor (1,). An fp8 cache needs
                 both, but kpe_scale may be None without a rotary part. Other caches take none.
@@ -132,6 +132,7 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             if (*x.shape[1:], x.dtype) != kind:
                 fail(name, f"(num_pages, page_size, head_dim) and dtype as planned {kind}", f"{(*x.shape, x.dtype)}")
         scales = self._scales(ckv_scale, kpe_scale)
+        direct = out if out is None or out.is_contiguous() else None
         result: Any = mla_decode(
             q_nope,
             q_pe,
@@ -141,12 +142,14 @@ class BatchMLAPagedAttentionWrapper(Wrapper):
             rope_cache=kpe_cache,
             cu_seqlens_q=self._queries.indptr,
             max_seqlen_q=self._queries.longest_of(q_nope),
+            out=direct,
             return_lse=return_lse,
             **scales,
             **self._options,
         )
         result, natural = result if return_lse else (result, None)
-        result = result if out is None else out.copy_(result)
+        if out is not None and direct is None:
+            result = out.copy_(result)
         if natural is None:
             return result
         return result, tokens_first(natural.T, 1.0 if return_lse_base_on_e else LOG2_E, lse)

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...flash import flash_attention_varlen
@@ -331,7 +332,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
         Args:
             k, v: (kv_indptr[-1], num_kv_heads, head_dim), or with the first two dimensions swapped as "HND".
             q_scale, k_scale, v_scale: numbers. v_scale other than 1 takes one more kernel.
-            out, lse: where to write the results, which takes a copy.
+            out, lse: where to write the results.
             o_scale, kv_cache_sf: None.
 
         Returns:
@@ -352,13 +353,12 @@ class BatchPrefillWithRaggedKVCacheWrapper(Wrapper):
             options = options | dict(softmax_scale=options["softmax_scale"] * factor)
         queries, keys = self._queries, self._keys
         lengths: Any = queries.indptr, keys.indptr, queries.longest_of(q), keys.longest_of(k)
-        result: Any = flash_attention_varlen(q, k, v, *lengths, **options, return_lse=return_lse)
+        result: Any = flash_attention_varlen(q, k, v, *lengths, **options, out=out, return_lse=return_lse)
         natural = None
         if return_lse:
             result, natural = result
         if v_scale is not None and v_scale != 1:
-            result = result * number_of("v_scale", v_scale)
-        result = result if out is None else out.copy_(result)
+            result = torch.mul(result, number_of("v_scale", v_scale), out=out)
         return result if natural is None else (result, base_2(natural.T, lse))
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
