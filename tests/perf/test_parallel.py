@@ -148,7 +148,16 @@ def test_shares_count_the_keys_of_latent_vectors_once(model, of_keys, monkeypatc
 
 
 def torchrun(out, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "perf", "parallel"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "perf",
+        "parallel",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_ATTN_BACKEND": "reference"}
     command += ["--model", "llama-3-8b", "deepseek-v3", "--seqlen", "64", *out, *arguments]
     return subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True)
