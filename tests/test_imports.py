@@ -99,7 +99,7 @@ def test_the_import_loads_no_kernel_and_no_compiler():
 def test_every_module_can_be_imported_first():
     """After importing only the package, which Python does before any of its modules.
 
-    vLLM alone imports _vllm_backends: tests/engines.
+    vLLM alone imports its backends: tests/engines.
     """
     result = run_python(f"""
         import importlib, os, sys, traceback
@@ -107,7 +107,7 @@ def test_every_module_can_be_imported_first():
         import pytest, torch, triton, triton_attn
         from transformers import MODEL_MAPPING, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM  # once for all children
 
-        for name in {sorted({*MODULES} - {"triton_attn.interop._vllm_backends"})}:
+        for name in {sorted({*MODULES} - {"triton_attn.interop.vllm.backends"})}:
             child = os.fork()
             if child == 0:
                 try:

@@ -20,6 +20,7 @@ from vllm_cases import DIM, HEADS, HEADS_KV, MIXED, NOPE, RANK, ROPE, V_DIM, Bat
 from perf.model.house import ROOT
 from triton_attn import mla_decode, paged_attention
 from triton_attn.interop import vllm
+from triton_attn.interop.vllm import paged
 from triton_attn.toolchain import compile_only
 
 # Caches contain NaN on purpose, and numpy warns about it.
@@ -137,9 +138,9 @@ def test_keys_past_the_slots_are_padding():
 
 
 def test_batch_invariance_is_passed_on(monkeypatch):
-    found, whole = {}, vllm.paged_attention
+    found, whole = {}, paged.paged_attention
     monkeypatch.setattr(
-        vllm, "paged_attention", lambda *args, **options: found.update(options) or whole(*args, **options)
+        paged, "paged_attention", lambda *args, **options: found.update(options) or whole(*args, **options)
     )
     monkeypatch.setattr(vllm.PagedAttention, "batch_invariant", True)
     run(Batch(((20, 1),)))
@@ -572,8 +573,8 @@ def test_a_known_interface_is_registered_again_and_again(monkeypatch):
         vllm.register()
         vllm.register()
     assert modules["vllm.v1.attention.backends.registry"].paths == {
-        "TRITON_ATTN_PLUS": "triton_attn.interop._vllm_backends.AttentionPlusBackend",
-        "TRITON_ATTN_PLUS_MLA": "triton_attn.interop._vllm_backends.LatentPlusBackend",
+        "TRITON_ATTN_PLUS": "triton_attn.interop.vllm.backends.AttentionPlusBackend",
+        "TRITON_ATTN_PLUS_MLA": "triton_attn.interop.vllm.backends.LatentPlusBackend",
     }
 
 
@@ -608,11 +609,14 @@ def test_without_vllm_there_is_a_warning(monkeypatch):
 
 def test_the_door_imports_nothing_of_vllm():
     """Neither vLLM nor the module that does, unless a function is called."""
-    nodes = ast.parse(Path(vllm.__file__).read_text()).body
-    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
-    imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    assert {name.partition(".")[0] for name in imported} <= {"torch", *sys.stdlib_module_names}
-    assert not any("_vllm_backends" in ast.unparse(node) for node in nodes if isinstance(node, ast.ImportFrom))
+    paths = set(Path(vllm.__file__).parent.glob("*.py")) - {Path(vllm.__file__).with_name("backends.py")}
+    assert len(paths) == 4
+    for path in paths:
+        nodes = ast.parse(path.read_text()).body
+        imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        imported |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert {name.partition(".")[0] for name in imported} <= {"torch", *sys.stdlib_module_names}
+        assert not any("backends" in ast.unparse(node) for node in nodes if isinstance(node, ast.ImportFrom))
 
 
 def test_the_package_names_its_entry_point():

@@ -547,7 +547,7 @@ FAULTS = (
     ),
     Fault("P24", "triton_attn/_jit/decode.py", "0x43004300, 0xEA; fma", "0x43004300, 0xE8; fma", "EMULATED_DECODE"),
     Fault("P25", "triton_attn/_jit/decode.py", "shr.u32 x, b, 4; shl.b32", "mov.b32 x, 0; shl.b32", "EMULATED_DECODE"),
-    Fault("P26", "triton_attn/interop/vllm.py", "numbers[..., k_end], ", "numbers[..., -1], ", "VLLM"),
+    Fault("P26", "triton_attn/interop/vllm/caches.py", "numbers[..., k_end], ", "numbers[..., -1], ", "VLLM"),
     Fault(
         "M01",
         "triton_attn/mla/api.py",

@@ -27,19 +27,16 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.ops.dcp import cp_lse_ag_out_rs, dcp_a2a_lse_reduce
 from vllm.v1.kv_cache_interface import AttentionSpec, KVQuantMode
 
-from .vllm import (
+from .caches import (
     FP8_DTYPES,
     LATENT_FP8_DTYPES,
     PLAIN_DTYPES,
     SCALE_BYTES,
     TOKEN_DTYPES,
-    LatentAttention,
-    LatentMetadataBuilder,
-    PagedAttention,
-    PagedMetadata,
-    PagedMetadataBuilder,
     unsupported_cache_dtype,
 )
+from .latent import LatentAttention, LatentMetadataBuilder
+from .paged import PagedAttention, PagedMetadata, PagedMetadataBuilder
 
 TOKEN_MODES = KVQuantMode.INT8_PER_TOKEN_HEAD, KVQuantMode.FP8_PER_TOKEN_HEAD
 
