@@ -1450,8 +1450,8 @@ FAULTS = (
     Fault(
         "E05",
         "triton_attn/cache/drafts.py",
-        "[x[:, : read.size] for x in both]",
-        "[x[:, : read.size].flip(1) for x in both]",
+        "[x[:, pages, slots] for x in bits_of_pages(cache)]",
+        "[x[:, pages, slots].flip(1) for x in bits_of_pages(cache)]",
         "KEEP",
     ),
     Fault(
@@ -1466,13 +1466,16 @@ FAULTS = (
     Fault(
         "E14",
         "triton_attn/cache/drafts.py",
-        "    arrived, rows, before = (fetch_from_ranks",
-        "    for entry, copy in zip(owned[0], cache.pool._next_free(len(owned[0])).tolist()):\n"
-        "        cache._tables[entry] = copy\n"
-        "    arrived, rows, before = (fetch_from_ranks",
+        "        written = _slots_of(cache, changes, [targets for _, targets in moves])\n"
+        "        arrived, rows = fetch(cache, read, written)\n"
+        "        copy_pages(cache, room)\n",
+        "        copy_pages(cache, room)\n"
+        "        cache.pool._take(room.new_pages)\n"
+        "        written = _slots_of(cache, changes, [targets for _, targets in moves])\n"
+        "        arrived, rows = fetch(cache, read, written)\n",
         "KEEP",
     ),
-    Fault("E06", "triton_attn/cache/drafts.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
+    Fault("E06", "triton_attn/cache/extension.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
     Fault(
         "E18",
         "triton_attn/cache/drafts.py",
@@ -1480,14 +1483,29 @@ FAULTS = (
         "",
         "KEEP",
     ),
-    Fault("E16", "triton_attn/cache/drafts.py", "            x[:, pages, slots] = old\n", "            pass\n", "MOVE"),
+    Fault(
+        "E16", "triton_attn/cache/drafts.py", "            x[:, pages, slots] = before\n", "            pass\n", "MOVE"
+    ),
     Fault(
         "E17",
         "triton_attn/cache/drafts.py",
-        "            cache._tables[entry] = original\n",
-        "            pass\n",
+        "        take_back(cache, room)\n        raise\n",
+        "        raise\n",
         "MOVE",
     ),
+    Fault(
+        "E19", "triton_attn/cache/extension.py", "        cache._tables[entry] = original\n", "        pass\n", "MOVE"
+    ),
+    Fault(
+        "E20",
+        "triton_attn/cache/extension.py",
+        "        cache._tables[row, first:last] = 0\n",
+        "        pass\n",
+        "MOVE",
+    ),
+    Fault("E21", "triton_attn/cache/extension.py", "    cache._bases[room.rows] = room.bases\n", "", "MOVE"),
+    Fault("E22", "triton_attn/cache/extension.py", "    if room.is_copied:\n", "    if False:\n", "MOVE"),
+    Fault("E23", "triton_attn/cache/extension.py", "        room.is_copied = True\n", "", "MOVE"),
     Fault(
         "C66",
         "triton_attn/cache/sequences.py",

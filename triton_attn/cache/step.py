@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._host.checks import check_size, fail
 from .arrays import largest
-from .extension import book, copy_tails, lay_out, new_tokens, take_back
+from .extension import book, copy_pages, lay_out, new_tokens, take_back
 from .token_ids import ONE_EACH
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class CacheStep:
         try:
             message = None if self._table_here is not None else self._here.pin_memory()
             if room is not None:
-                copy_tails(cache, room)
+                copy_pages(cache, room)
             self._fill(counts, num_tokens, cache._own_slots(slots), positions, ends)
             if room is not None or cache._batch is not self._batch or cache._changes.count != self._num_read:
                 self._send(*self._changed_entries(rows, ends, room), message)
