@@ -326,7 +326,8 @@ class PagedSequences(SequenceRows):
             ValueError: a sequence was freed, belongs to another cache, is listed twice, or has fewer tokens; an index
                 is out of range or listed twice; with `layer_windows` also if pages of the drafts were given back, which
                 those since the last `extend` have not been.
-            On every rank of a mesh also if ranks differ, or another one refuses the call.
+            On every rank of a mesh also if ranks differ, or another one refuses the call. If the device of one rank
+            fails meanwhile, only its cache stays as it was: docs/many-gpus.md says how the others find out.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)
