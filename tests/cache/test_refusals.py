@@ -371,8 +371,8 @@ def pinned(monkeypatch):
 
 @contextlib.contextmanager
 def refused(number):
-    """Of transfers, copies of pages, and writes to tensors that this process makes meanwhile, one is refused, or none;
-    a list of their names."""
+    """Of transfers, copies of pages, reads and writes of parts of a tensor that this process makes meanwhile, one
+    is refused, or none; a list of their names."""
     made, depth = [], [0]
 
     def limited(operation):
@@ -390,7 +390,7 @@ def refused(number):
 
         return call
 
-    operations = [(torch.Tensor, name) for name in ("pin_memory", "copy_", "scatter_", "__setitem__")]
+    operations = [(torch.Tensor, name) for name in ("pin_memory", "copy_", "scatter_", "__getitem__", "__setitem__")]
     operations += [(PagedSequences, "_to_device"), (sequences, "copy_kv_pages"), (transfer, "copy_kv_pages")]
     with contextlib.ExitStack() as patches:
         for owner, name in operations:

@@ -212,8 +212,8 @@ class CacheStep:
         self._changes[:together, 0] = entries[:together]
         self._changes[:together, 1] = pages[:together]
         used = slice(self._header + 16 * together)
-        message[used].numpy()[:] = self._here[used].numpy()
         try:
+            message[used].numpy()[:] = self._here[used].numpy()
             # Torch gives pinned memory to others only after transfers from it, so that calls can run ahead of the GPU.
             self._there[used].copy_(message[used], non_blocking=True)
             if together:
