@@ -1527,7 +1527,7 @@ FAULTS = (
         "            raise\n",
         "MOVE",
     ),
-    Fault("C69", "triton_attn/cache/step.py", "given_back.get(row) or held_from", "held_from", "CACHE"),
+    Fault("C69", "triton_attn/cache/step.py", "max(first, held_from.item(row))", "first", "CACHE"),
     Fault("C70", "triton_attn/cache/transfer.py", "    cache._make_room_for_rows(1)\n", "", "CACHE"),
     Fault(
         "X28",

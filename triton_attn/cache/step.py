@@ -170,11 +170,10 @@ class CacheStep:
         """(entries of the table as if it were flat, their pages), two lists: what the device does not have."""
         cache, width, max_batch = self._cache, self.block_table.shape[-1], self._seqlens.size
         tables, held_from, page_size = cache._tables, cache._firsts, cache.page_size
-        given_back = {} if room is None else {row: columns.stop for row, columns in room.behind}
         entries, pages = [], []
         for place, first in self._changed_rows(rows, room).items():
             row, start = self._rows.item(place), place * width
-            first = max(first, given_back.get(row) or held_from.item(row))
+            first = max(first, held_from.item(row))
             last = (ends.item(place % max_batch) + page_size - 1) // page_size
             entries += range(start + first, start + last)
             pages += tables[row, first:last].tolist()
