@@ -38,6 +38,17 @@ def test_fp8_of_every_exponent_and_every_tie(cache_dtype):
     assert torch.equal(cache.float().flatten().signbit()[:-3], numbers.signbit()[:-3])
 
 
+@pytest.mark.oldest
+def test_keys_and_values_go_to_their_slots(device):
+    """Page by page, K beside V, each with a scale of its own; a token without a slot is not written."""
+    k, v = torch.randn(2, 3, 2, 8, device=device)
+    pages, expected = torch.zeros(2, 3, 2, 4, 2, 8, device=device)  # of four slots
+    slots = torch.tensor([6, -1, 1], device=device)
+    append_kv_cache(k, v, pages[:, 0], pages[:, 1], slots, k_scale=0.5, v_scale=4.0)
+    expected[1, 0, 2], expected[1, 1, 2], expected[0, 0, 1], expected[0, 1, 1] = k[0] * 2, v[0] / 4, k[2] * 2, v[2] / 4
+    assert torch.equal(pages, expected)
+
+
 def arguments():
     return {
         "k": torch.zeros(3, 2, 8),

@@ -9,9 +9,9 @@ from triton_attn.cache.free_list import FreeList
 
 
 def links(free, start):
-    """The pages from the end on, by one of the two arrays of links."""
+    """The pages from the end on, by one of the two arrays of links; one too many of links in a circle without it."""
     pages, page = [], start[free._end]
-    while page != free._end:
+    while page != free._end and len(pages) <= free._end:
         pages.append(int(page))
         page = start[page]
     return pages

@@ -1,5 +1,7 @@
 """gather_kv_cache and gather_latent_cache read what the append functions wrote, in every dtype of a cache."""
 
+from functools import partial
+
 import pytest
 import torch
 from append_cases import DEVICE, DTYPES, FLOAT8
@@ -9,7 +11,7 @@ from triton_attn._host.latent import latent_storage, read_latent_cache
 from triton_attn.toolchain import compile_only
 
 PAGE, TABLE = 4, [[5, 0, 3], [2, 7, 0], [1, 6, 4]]
-LENGTHS, STARTS = [9, 0, 12], [2, 3, 0]
+LENGTHS, STARTS = [12, 0, 9], [2, 3, 0]
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, dtype) for dtype in FLOAT8]
 
 
@@ -212,14 +214,19 @@ def test_the_stride_of_a_dimension_of_one_element_does_not_count():
 
 
 @pytest.mark.usefixtures("backend")
-def test_out_is_a_slice_of_a_workspace():
+@pytest.mark.parametrize("of_latents", [False, True])
+def test_out_is_a_slice_of_a_workspace(of_latents):
     """Rows of two tensors in one, whose number need not be given; what is not theirs stays."""
     workspace = torch.full((23, 2, 40), -1.0, device=DEVICE)
-    out = workspace[:22, :, :16], workspace[:22, :, 16:24]
-    caches = randn(8, PAGE, 2, 16), randn(8, PAGE, 2, 8)
-    results = gather_kv_cache(*caches, int32(TABLE), bounds(LENGTHS), out=out)
+    if of_latents:
+        gather = partial(gather_latent_cache, randn(8, PAGE, 24), kv_lora_rank=16, qk_rope_head_dim=8)
+        workspace = workspace[:, 0]
+    else:
+        gather = partial(gather_kv_cache, randn(8, PAGE, 2, 16), randn(8, PAGE, 2, 8))
+    out = workspace[:22, ..., :16], workspace[:22, ..., 16:24]
+    results = gather(int32(TABLE), bounds(LENGTHS), out=out)
     assert all(x is y for x, y in zip(results, out))
-    expected = gather_kv_cache(*caches, int32(TABLE), bounds(LENGTHS), 22)
+    expected = gather(int32(TABLE), bounds(LENGTHS), 22)
     assert all(torch.equal(x, y) for x, y in zip(out, expected))
     assert (workspace[22:] == -1).all()
     assert (workspace[..., 24:] == -1).all()

@@ -188,8 +188,13 @@ def test_tokens_without_ids_and_what_follows_are_never_found(unknown):
     seq = start(cache, [1, 2, 3, 4, 5])
     cache.extend([seq], unknown)
     cache.extend([seq], [[0] * 12])
-    cache.commit([seq])
+    fork = cache.fork(seq)
+    cache.commit([seq, fork])
     assert cache.create([1, 2, 3, 4, 5] + [0] * 12)[1] == 4
+    cache.truncate(fork, 12)  # tokens without ids stay
+    cache.commit([fork])
+    assert cache.create([1, 2, 3, 4, 5] + [0] * 12)[1] == 4
+    cache.free(fork)
     cache.truncate(seq, 5)
     cache.extend([seq], [[6, 7, 8, 9]])
     cache.commit([seq])

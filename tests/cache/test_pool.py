@@ -82,6 +82,16 @@ def test_a_page_that_many_take_back_at_once_is_not_free():
         assert pool.ref_counts(pages).tolist() == [num_sequences, 1, 1]
 
 
+@pytest.mark.parametrize("num_pages", [3, 30])  # few and many are put on the list in different ways
+def test_a_page_that_two_give_up_at_once_is_free_once(num_pages):
+    pool = BlockPool(num_pages)
+    pages = pool.allocate(num_pages)
+    pool.share(pages)
+    pool.release([*pages, *pages])
+    assert pool.num_free == num_pages
+    assert sorted(pool.allocate(num_pages)) == pages.tolist()
+
+
 def test_pages_that_cannot_be_found_are_reused_first():
     pool = BlockPool(7)
     pages = pool.allocate(6)

@@ -371,8 +371,8 @@ def pinned(monkeypatch):
 
 @contextlib.contextmanager
 def refused(number):
-    """Of transfers, copies of pages, and writes to tensors that this process makes meanwhile, one is refused, or none;
-    a list of their names."""
+    """Of transfers, copies of pages, reads and writes of parts of a tensor that this process makes meanwhile, one
+    is refused, or none; a list of their names."""
     made, depth = [], [0]
 
     def limited(operation):
@@ -390,7 +390,7 @@ def refused(number):
 
         return call
 
-    operations = [(torch.Tensor, name) for name in ("pin_memory", "copy_", "scatter_", "__setitem__")]
+    operations = [(torch.Tensor, name) for name in ("pin_memory", "copy_", "scatter_", "__getitem__", "__setitem__")]
     operations += [(PagedSequences, "_to_device"), (sequences, "copy_kv_pages"), (transfer, "copy_kv_pages")]
     with contextlib.ExitStack() as patches:
         for owner, name in operations:
@@ -419,6 +419,37 @@ def test_whatever_the_device_refuses_changes_nothing(name, kind, pinned):
         assert contents(scene.staged) == contents(expected.staged)
         assert torch.equal(scene.groups.static.memory, expected.groups.static.memory)
         assert scene.all_but_free_pages() == expected.all_but_free_pages()
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_a_page_that_a_copy_has_overwritten_is_not_found(name, pinned):
+    """Each free page can be found. Some are copied to before the device refuses what follows."""
+
+    class FullScene(SharedScene):
+        def __init__(self):
+            super().__init__("plain")
+            ids = range(200, 200 + 4 * self.cache.pool.num_free)
+            seq, _ = self.cache.create(ids)
+            self.cache.extend([seq], [ids])
+            self.cache.commit([seq])
+            self.cache.free(seq)
+            self.names = self.cache.page_hashes(ids)
+
+        def found(self):
+            pages = self.cache.pool.lookup(self.names).tolist()
+            return {page: [x[:, page].tolist() for x in self.cache._page_tensors()] for page in pages}
+
+    scene = FullScene()
+    with refused(None) as made:
+        ON_THE_DEVICE[name](scene)
+    for number in range(len(made)):
+        scene = FullScene()
+        before = scene.found()
+        with refused(number), pytest.raises(MemoryError, match="refused"):
+            ON_THE_DEVICE[name](scene)
+        after = scene.found()
+        assert all(before[page] == content for page, content in after.items())
+        assert (after == before) == (number <= made.index("copy_kv_pages")), made[number]
 
 
 @pytest.mark.parametrize("kind", KINDS)

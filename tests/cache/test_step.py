@@ -140,6 +140,18 @@ def test_only_changes_are_sent_in_one_transfer(transfers):
     assert header <= 4 * 256
 
 
+def test_pages_that_were_given_back_are_not_sent(transfers):
+    cache = make(num_pages=64, page_size=4, layer_windows=[-1, 8])
+    step = make_step(cache, 4, 64, staged=True)
+    (header,) = transfers
+    seqs = [cache.create([])[0] for _ in range(2)]
+    cache.extend(seqs, 33)
+    cache.extend(seqs, 1)  # six of nine pages are behind the window
+    del transfers[:]
+    step.extend(seqs, 1)
+    assert transfers == [header + 16 * 2 * (9 + 3)]
+
+
 def test_the_table_is_written_once_where_it_changed(monkeypatch):
     """Each write is a launch on a GPU."""
     written = []

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from draft_trees import bits_of
@@ -23,6 +24,7 @@ from triton_attn import (
     paged_attention,
     reference,
 )
+from triton_attn.cache import sequences
 from triton_attn.parallel import agreement, context_parallel_mla_decode, context_parallel_paged_attention, merging
 from triton_attn.testing import assert_close_to_reference
 
@@ -336,6 +338,31 @@ def check_refused_keep(case, mesh):
         raise AssertionError(
             f"{error}; same: {(cache.stats(), cache.block_table([seq]).tolist()) == before}"
         ) from error
+
+
+def check_failed_keep(num_kept, mesh):
+    """The copy of a page fails on the last rank alone. Fails with what the next call raises; nothing changes then."""
+    cache = PagedKVCache(8, 4, num_layers=1, num_kv_heads=1, head_dim=2, device="cpu", mesh=mesh)
+    seq, _ = cache.create([])
+    cache.extend([seq], [9])
+    fill(cache, seq, torch.arange(1, 10))
+    fork = cache.fork(seq)
+
+    def state():
+        rows = [x.tolist() for sequence in (seq, fork) for x in rows_of(cache, sequence)]
+        return cache.stats(), cache.block_table([seq, fork]).tolist(), rows
+
+    before, is_last = state(), mesh.get_local_rank() == mesh.size() - 1
+    copy = mock.Mock(side_effect=MemoryError("no memory")) if is_last else sequences.copy_kv_pages
+    fails = pytest.raises(MemoryError) if is_last else contextlib.nullcontext()
+    with mock.patch.object(sequences, "copy_kv_pages", copy), fails:
+        cache.keep([seq], 4, [range(1, 1 + num_kept)])
+    assert (state() == before) == is_last
+    before = state()
+    try:
+        cache.keep([seq], 1, [[0]])
+    except ValueError as error:
+        raise AssertionError(f"{error}; same: {state() == before}") from error
 
 
 def first_held(cache, seq, group):

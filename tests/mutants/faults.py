@@ -48,7 +48,7 @@ GROUPS = {
     "KEEP": (
         _run("tests/cache/test_keep.py"),
         _run("tests/cache/test_state_machine.py"),
-        _run("tests/parallel/test_sharded_cache.py", "-k", "drafts_move or refuses or dies_in_keep"),
+        _run("tests/parallel/test_sharded_cache.py", "-k", "drafts_move or refuses or dies_in_keep or failed_on"),
     ),
     "PREFIX_GROUPS": (_run("tests/cache/test_prefix_groups.py"),),
     "PREFIX_PLAN": (_run("tests/merge/test_tree.py", "tests/merge/test_random_tree.py"),),
@@ -1465,8 +1465,8 @@ FAULTS = (
     Fault(
         "E05",
         "triton_attn/cache/drafts.py",
-        "[x[:, : read.size] for x in both]",
-        "[x[:, : read.size].flip(1) for x in both]",
+        "[x[:, pages, slots] for x in bits_of_pages(cache)]",
+        "[x[:, pages, slots].flip(1) for x in bits_of_pages(cache)]",
         "KEEP",
     ),
     Fault(
@@ -1481,13 +1481,15 @@ FAULTS = (
     Fault(
         "E14",
         "triton_attn/cache/drafts.py",
-        "    arrived, rows, before = (fetch_from_ranks",
-        "    for entry, copy in zip(owned[0], cache.pool._next_free(len(owned[0])).tolist()):\n"
-        "        cache._tables[entry] = copy\n"
-        "    arrived, rows, before = (fetch_from_ranks",
+        "    try:\n"
+        "        written = _slots_of(cache, changes, [targets for _, targets in moves])\n"
+        "        arrived, rows = fetch(cache, read, written)\n",
+        "    written = _slots_of(cache, changes, [targets for _, targets in moves])\n"
+        "    arrived, rows = fetch(cache, read, written)\n"
+        "    try:\n",
         "KEEP",
     ),
-    Fault("E06", "triton_attn/cache/drafts.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
+    Fault("E06", "triton_attn/cache/extension.py", "        cache._tables[entry] = copy\n", "        pass\n", "KEEP"),
     Fault(
         "E18",
         "triton_attn/cache/drafts.py",
@@ -1495,14 +1497,29 @@ FAULTS = (
         "",
         "KEEP",
     ),
-    Fault("E16", "triton_attn/cache/drafts.py", "            x[:, pages, slots] = old\n", "            pass\n", "MOVE"),
+    Fault(
+        "E16", "triton_attn/cache/drafts.py", "            x[:, pages, slots] = before\n", "            pass\n", "MOVE"
+    ),
     Fault(
         "E17",
         "triton_attn/cache/drafts.py",
-        "            cache._tables[entry] = original\n",
-        "            pass\n",
+        "        take_back(cache, room)\n        raise\n",
+        "        raise\n",
         "MOVE",
     ),
+    Fault(
+        "E19", "triton_attn/cache/extension.py", "        cache._tables[entry] = original\n", "        pass\n", "MOVE"
+    ),
+    Fault(
+        "E20",
+        "triton_attn/cache/extension.py",
+        "        cache._tables[row, first:last] = 0\n",
+        "        pass\n",
+        "MOVE",
+    ),
+    Fault("E21", "triton_attn/cache/extension.py", "    cache._bases[room.rows] = room.bases\n", "", "MOVE"),
+    Fault("E22", "triton_attn/cache/extension.py", "    if room.is_copied:\n", "    if False:\n", "MOVE"),
+    Fault("E23", "triton_attn/cache/extension.py", "        room.is_copied = True\n", "", "MOVE"),
     Fault(
         "C66",
         "triton_attn/cache/sequences.py",
@@ -1524,7 +1541,7 @@ FAULTS = (
         "            raise\n",
         "MOVE",
     ),
-    Fault("C69", "triton_attn/cache/step.py", "given_back.get(row) or held_from", "held_from", "CACHE"),
+    Fault("C69", "triton_attn/cache/step.py", "max(first, held_from.item(row))", "first", "CACHE"),
     Fault("C70", "triton_attn/cache/transfer.py", "    cache._make_room_for_rows(1)\n", "", "CACHE"),
     Fault(
         "X28",

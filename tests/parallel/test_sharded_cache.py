@@ -116,6 +116,13 @@ def test_a_keep_that_one_rank_refuses_changes_nothing(tmp_path):
         assert ("keep: expected a call that no rank refuses" in text) == (rank == 0 and "[0, 4]" in case)
 
 
+def test_a_keep_that_failed_on_one_rank_is_found_by_the_next(tmp_path):
+    found = run(sharded_caches.check_failed_keep, [2], 2, tmp_path / "store")
+    differ = "accepted: expected the same on all ranks, [(6, [0])] as on rank 0, got [(8, [0])] on rank 1; same: True"
+    assert len(found) == 2, found
+    assert all(differ in text for _, _, text in found), found
+
+
 def test_a_rank_that_dies_in_keep_leaves_the_cache_of_another_unchanged(tmp_path):
     found = run_without_a_rank(sharded_caches.keep_without_the_last, 2, tmp_path)
     assert found[0] is not None, "no end"

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from .._host.checks import check_length, fail
 from .._host.mesh import check_same, gather_objects
 from .arrays import NO_LIMIT, from_list
-from .copy_on_write import leave_originals, pages_to_copy
+from .copy_on_write import pages_to_copy
+from .extension import book_room, copy_pages, room_for_copies, take_back
 from .sharding import bits_of_pages, fetch_from_ranks
 from .token_ids import as_ids
 
@@ -92,35 +93,20 @@ def _check(cache, seqs, num_drafts, accepted, token_ids):
 
 
 def _keep(cache, changes, moves, owned):
-    """What changes its rank arrives before anything changes, since another rank may die; then all that this device may
-    refuse: the copies of pages, and the writes on them."""
-    read, written = (_slots_of(cache, changes, [move[side] for move in moves]) for side in (0, 1))
-    is_sharded = cache.key_shard is not None
-    arrived, rows, before = (fetch_from_ranks if is_sharded else _fetch)(cache, read, written)
-    (copied, originals, kept), is_copied = owned, False
-    copies = cache.pool._next_free(len(copied))
-    for entry, copy in zip(copied, copies.tolist()):
-        cache._tables[entry] = copy
+    """In the steps of `extension`. What changes its rank arrives before a page is written, since another rank may
+    die."""
+    fetch = _fetch if cache.key_shard is None else fetch_from_ranks
+    read = _slots_of(cache, changes, [sources for sources, _ in moves])
+    room = room_for_copies(cache, *owned)
     try:
-        # Of pages of its own by now.
-        written = _slots_of(cache, changes, [positions for _, positions in moves])[arrived]
-        if copied:
-            cache._copy_pages(from_list(originals), copies)
-            is_copied = True
-        _put(cache, cache._own_slots(written), rows, before)
+        written = _slots_of(cache, changes, [targets for _, targets in moves])
+        arrived, rows = fetch(cache, read, written)
+        copy_pages(cache, room)
+        _put(cache, cache._own_slots(written[arrived]), rows)
     except BaseException:
-        for entry, original in zip(copied, originals):
-            cache._tables[entry] = original
-        if is_copied:  # they were overwritten
-            cache.pool.forget(copies)
+        take_back(cache, room)
         raise
-
-    # Nothing fails from here on.
-    cache.pool._take(copies)
-    cache.pool._forget(kept)
-    if copied:
-        leave_originals(cache, originals, copies)
-        cache._changes.extend(*zip(*copied))
+    book_room(cache, room)
     for row, path, own, first in changes:
         _rename(cache, row, path, own, first)
     for seq, (_, path, *_) in zip(cache._batch.seqs, changes[:: cache._num_groups]):
@@ -170,24 +156,23 @@ def _zip(rows, entries, name="accepted"):
 
 
 def _fetch(cache, read, written):
-    """(all of the slots `written`, what the slots `read` hold, and what `written` do, in all layers, of each tensor of
-    the cache)."""
-    pages, slots = _places(cache, np.concatenate([read, written]))
-    both = [x[:, pages, slots] for x in bits_of_pages(cache)]
-    return slice(None), [x[:, : read.size] for x in both], [x[:, read.size :] for x in both]
+    """(all of the slots `written`, what the slots `read` hold, in all layers, of each tensor of the cache)"""
+    pages, slots = _places(cache, read)
+    return slice(None), [x[:, pages, slots] for x in bits_of_pages(cache)]
 
 
-def _put(cache, written, rows, before):
+def _put(cache, written, rows):
     """Write rows of each tensor of the cache. Where one refuses, those that were written have again what was there."""
     pages, slots = _places(cache, written)
     done = []
     try:
-        for x, own, old in zip(bits_of_pages(cache), rows, before):
+        for x, own in zip(bits_of_pages(cache), rows):
+            before = x[:, pages, slots]
             x[:, pages, slots] = own
-            done.append((x, old))
+            done.append((x, before))
     except BaseException:
-        for x, old in done:
-            x[:, pages, slots] = old
+        for x, before in done:
+            x[:, pages, slots] = before
         raise
 
 

@@ -1,11 +1,12 @@
-"""How sequences grow: `extend` of a cache, and of a `CacheStep`.
+"""How sequences grow, or write pages that they share: `extend` of a cache and of a `CacheStep`, and `keep`.
 
-Both take these steps in this order, so that a call that is refused leaves the cache as it was:
+All take these steps in this order, so that a call that is refused leaves the cache as it was:
 
-1. `lay_out` says where the new tokens go, or raises OutOfPages. New pages are in the tables, and free as before.
-2. All that the device may refuse: transfers, and copies of pages by `copy_tails`. If it does, `take_back` undoes the
+1. `lay_out` says where the new tokens go, or raises OutOfPages. New pages are in the tables, and free as before. For
+   `keep`, whose tokens have their pages, `room_for_copies` does.
+2. All that the device may refuse: transfers, and copies of pages by `copy_pages`. If it does, `take_back` undoes the
    first step.
-3. `book` makes tokens and pages the sequences' own. It does not fail.
+3. `book`, or `book_room` alone, makes tokens and pages the sequences' own. It does not fail.
 """
 
 from dataclasses import dataclass
@@ -24,10 +25,10 @@ NOTHING_BEHIND = [], NO_PAGES
 
 @dataclass(slots=True, eq=False)
 class Room:
-    """What rows need to grow, see `_room_for`."""
+    """What rows need to grow, see `_room_for`, or to write pages that they have, see `room_for_copies`."""
 
     rows: list[int]
-    columns: list[int]  # of the next token of each
+    columns: list[int]  # of the next token of each, or of the page that is copied
     limits: list[int]  # of each from now on; 0 for those that get no token
     bases: NDArray[np.int64]  # of each until now, to take back
     full: list[int]  # rows with pages to be named
@@ -77,8 +78,18 @@ def lay_out(cache, rows, lengths, ends, counts):
     return (cache._tables[rows.repeat(counts), columns] - columns) * cache.page_size + positions, positions, room
 
 
-def copy_tails(cache, room):
-    """Copy the last pages that rows share and go on in."""
+def room_for_copies(cache, copied, originals, kept):
+    """The `Room` of rows that write pages, which `pages_to_copy` found, and get no others."""
+    copies = cache.pool._next_free(len(copied))
+    for entry, copy in zip(copied, copies.tolist()):
+        cache._tables[entry] = copy
+    rows, columns = [row for row, _ in copied], [column for _, column in copied]
+    limits, bases = [0] * len(rows), cache._bases[rows]
+    return Room(rows, columns, limits, bases, [], *NOTHING_BEHIND, copied, originals, kept, [], copies)
+
+
+def copy_pages(cache, room):
+    """Copy the pages that rows share and are about to write."""
     if room.copied:
         cache._copy_pages(from_list(room.originals), room.new_pages[: len(room.copied)])
         room.is_copied = True
@@ -101,7 +112,7 @@ def book(cache, rows, lengths, ends, new, slots, room):
     """Rows grow to `ends` by what `new_tokens` returns."""
     counts, ids, unknown = new
     if room is not None:
-        _book_room(cache, room)
+        book_room(cache, room)
     if ids is not None:
         cache._tokens[slots if unknown is None else slots[~unknown.repeat(counts)]] = ids
     if unknown is not None:
@@ -150,7 +161,7 @@ def _room_for(cache, rows, lengths, ends):
     return Room(rows, columns, limits, bases, full, behind, released, copied, originals, kept, growths, new_pages)
 
 
-def _book_room(cache, room):
+def book_room(cache, room):
     """What rows need is theirs. What is given back was named first, and can be found."""
     if room.full:
         name_full_pages(cache, room.full)

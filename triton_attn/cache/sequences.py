@@ -22,7 +22,7 @@ from .arrays import NO_LIMIT, from_list, index_of, largest, written_zeros
 from .copy import copy_kv_pages
 from .drafts import keep_drafts
 from .events import EventLog, PageEvent, group_suffix
-from .extension import book, copy_tails, lay_out, new_tokens, take_back
+from .extension import book, copy_pages, lay_out, new_tokens, take_back
 from .hashing import page_hashes, root_hash
 from .layers import LayerGroups
 from .pool import BlockPool
@@ -171,7 +171,7 @@ class PagedSequences(SequenceRows):
             own_slots = self._own_slots(slots)
             sent = self._to_device(self._by_group(own_slots) if self._shape_of_groups else own_slots)
             if room is not None:
-                copy_tails(self, room)
+                copy_pages(self, room)
         except BaseException:
             take_back(self, room)
             raise
@@ -326,7 +326,8 @@ class PagedSequences(SequenceRows):
             ValueError: a sequence was freed, belongs to another cache, is listed twice, or has fewer tokens; an index
                 is out of range or listed twice; with `layer_windows` also if pages of the drafts were given back, which
                 those since the last `extend` have not been.
-            On every rank of a mesh also if ranks differ, or another one refuses the call.
+            On every rank of a mesh also if ranks differ, or another one refuses the call. If the device of one rank
+            fails meanwhile, only its cache stays as it was: docs/many-gpus.md says how the others find out.
 
         Example:
             >>> cache = triton_attn.PagedKVCache(8, 16, num_layers=2, num_kv_heads=1, head_dim=64)

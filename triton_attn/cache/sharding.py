@@ -36,8 +36,8 @@ def shard_pages(
 
 
 def fetch_from_ranks(cache, read, written):
-    """(which of the slots `written` this rank has, what comes to them from the slots `read`, and what is there, in all
-    layers, of each tensor of the cache).
+    """(which of the slots `written` this rank has, what comes to them from the slots `read`, in all layers, of each
+    tensor of the cache).
 
     Slots are those of pages of all ranks, the same on each. One collective, if a token changes its rank.
     """
@@ -45,13 +45,12 @@ def fetch_from_ranks(cache, read, written):
     owners = [x % cache.page_size // shard.interleave % shard.num_ranks for x in (read, written)]
     sent, send_counts = _order_of(shard, *owners)
     received, receive_counts = _order_of(shard, *reversed(owners))
-    own_slots = shard.slots_of(np.concatenate([read[sent], written[received]]), page_slots)
-    pages, slots = map(cache._to_device, np.divmod(own_slots, page_slots))
+    pages, slots = map(cache._to_device, np.divmod(shard.slots_of(read[sent], page_slots), page_slots))
     tensors = bits_of_pages(cache)
-    both = [x[:, pages, slots] for x in tensors]
     widths = [x.shape[0] * math.prod(x.shape[3:]) for x in tensors]
     rows = [
-        x[:, : sent.size].transpose(0, 1).reshape(sent.size, width).view(torch.uint8) for x, width in zip(both, widths)
+        x[:, pages, slots].transpose(0, 1).reshape(sent.size, width).view(torch.uint8)
+        for x, width in zip(tensors, widths)
     ]
     rows = torch.cat(rows, dim=1)
     if (owners[0] != owners[1]).any():  # the same on all ranks
@@ -59,14 +58,10 @@ def fetch_from_ranks(cache, read, written):
         dist.all_to_all_single(arrived, rows, receive_counts, send_counts, group=cache._group)
         rows = arrived
     of_tensors = rows.split([n * x.itemsize for n, x in zip(widths, tensors)], dim=1)
-    return (
-        received,
-        [
-            own.contiguous().view(x.dtype).view(received.size, x.shape[0], *x.shape[3:]).transpose(0, 1)
-            for x, own in zip(tensors, of_tensors)
-        ],
-        [x[:, sent.size :] for x in both],
-    )
+    return received, [
+        own.contiguous().view(x.dtype).view(received.size, x.shape[0], *x.shape[3:]).transpose(0, 1)
+        for x, own in zip(tensors, of_tensors)
+    ]
 
 
 def bits_of_pages(cache):

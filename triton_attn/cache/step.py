@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._host.checks import check_size, fail
 from .arrays import largest
-from .extension import book, copy_tails, lay_out, new_tokens, take_back
+from .extension import book, copy_pages, lay_out, new_tokens, take_back
 from .token_ids import ONE_EACH
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class CacheStep:
         try:
             message = None if self._table_here is not None else self._here.pin_memory()
             if room is not None:
-                copy_tails(cache, room)
+                copy_pages(cache, room)
             self._fill(counts, num_tokens, cache._own_slots(slots), positions, ends)
             if room is not None or cache._batch is not self._batch or cache._changes.count != self._num_read:
                 self._send(*self._changed_entries(rows, ends, room), message)
@@ -170,11 +170,10 @@ class CacheStep:
         """(entries of the table as if it were flat, their pages), two lists: what the device does not have."""
         cache, width, max_batch = self._cache, self.block_table.shape[-1], self._seqlens.size
         tables, held_from, page_size = cache._tables, cache._firsts, cache.page_size
-        given_back = {} if room is None else {row: columns.stop for row, columns in room.behind}
         entries, pages = [], []
         for place, first in self._changed_rows(rows, room).items():
             row, start = self._rows.item(place), place * width
-            first = max(first, given_back.get(row) or held_from.item(row))
+            first = max(first, held_from.item(row))
             last = (ends.item(place % max_batch) + page_size - 1) // page_size
             entries += range(start + first, start + last)
             pages += tables[row, first:last].tolist()
@@ -212,8 +211,8 @@ class CacheStep:
         self._changes[:together, 0] = entries[:together]
         self._changes[:together, 1] = pages[:together]
         used = slice(self._header + 16 * together)
-        message[used].numpy()[:] = self._here[used].numpy()
         try:
+            message[used].numpy()[:] = self._here[used].numpy()
             # Torch gives pinned memory to others only after transfers from it, so that calls can run ahead of the GPU.
             self._there[used].copy_(message[used], non_blocking=True)
             if together:
