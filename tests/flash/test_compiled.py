@@ -264,8 +264,9 @@ def test_dropout_of_the_widest_heads(options, record_property):
         flash_attention(q, q, q, causal=True, dropout_p=0.1, dropout_seed=1, **options)
     report = loop_model.analyze(launches[0].kernel)
     record_property("figure", f"bf16 {describe(launches[0], report, 'dropout')}, {lock_of_all(report):.0f} of all")
-    assert spills_of_all(report) == 0
-    assert launches[0].spill_bytes <= 4  # without lse, on Triton 3.6.0, in the loop over partial tiles
+    # With all options and without lse Triton 3.6.0 spills one register.
+    assert launches[0].spill_bytes <= (4 if "sinks" in options else 0)
+    assert spills_of_all(report) <= (1 if "sinks" in options else 0)
     assert lock_of_all(report) >= 100
 
 
