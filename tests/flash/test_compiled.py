@@ -7,7 +7,7 @@ No kernel has run here. The summary of the test run prints them with registers a
 
 import pytest
 import torch
-from flash_launches import describe
+from flash_launches import describe, lock_of_all, spills_of_all
 from host_cost import ELSEWHERE, bare_launches, compare, python_calls
 
 from perf.model import loop_model
@@ -250,12 +250,32 @@ def test_the_widest_heads(arch, record_property):
     assert launch.spill_bytes <= spilled
 
 
+EVERYTHING = {"softcap": 30.0, "alibi_slopes": torch.ones(NUM_HEADS), "sinks": torch.ones(NUM_HEADS)}
+
+
 @pytest.mark.ci
 @pytest.mark.oldest
-@pytest.mark.parametrize(("arch", "head_dim", "spills"), [("sm_80", 64, 0), ("sm_80", 512, 0), ("sm_90", 128, 13)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0}, EVERYTHING], ids=["dropout", "softcap", "everything"])
+def test_dropout_of_the_widest_heads(options, record_property):
+    """On sm_80 its mask is drawn in a loop of one trip: the tile of plain calls otherwise spills on Triton 3.6.0, and
+    has 94 to 98 TFLOP/s there; a tile of 32 queries, which does not spill, has 85 to 95."""
+    q = torch.empty(BATCH, SEQLEN, NUM_HEADS, 512, dtype=torch.bfloat16)
+    with compile_only("sm_80") as launches:
+        flash_attention(q, q, q, causal=True, dropout_p=0.1, dropout_seed=1, **options)
+    report = loop_model.analyze(launches[0].kernel)
+    record_property("figure", f"bf16 {describe(launches[0], report, 'dropout')}, {lock_of_all(report):.0f} of all")
+    # With all options and without lse Triton 3.6.0 spills one register.
+    assert launches[0].spill_bytes <= (4 if "sinks" in options else 0)
+    assert spills_of_all(report) <= (1 if "sinks" in options else 0)
+    assert lock_of_all(report) >= 100
+
+
+@pytest.mark.ci
+@pytest.mark.oldest
+@pytest.mark.parametrize(("arch", "head_dim", "spills"), [("sm_80", 64, 0), ("sm_90", 128, 13)])
 def test_softcap_and_dropout_together(arch, head_dim, spills, record_property):
     """They have the tile of dropout. With that of plain calls the kernel spilled 36 instructions in the loop at 64, and
-    5 at 512 on Triton 3.6.0, and had too little shared memory on sm_90."""
+    had too little shared memory on sm_90."""
     q = torch.empty(BATCH, SEQLEN, NUM_HEADS, head_dim, dtype=torch.float16)
     with compile_only(arch) as launches:
         flash_attention(q, q, q, causal=True, softcap=30.0, dropout_p=0.1, dropout_seed=1)

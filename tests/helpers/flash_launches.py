@@ -1,4 +1,8 @@
-"""Compiled launches of flash attention in words."""
+"""Compiled launches of flash attention in words, and their figures."""
+
+from dataclasses import replace
+
+from perf.model import sass
 
 
 def describe(launch, report, name):
@@ -11,3 +15,17 @@ def describe(launch, report, name):
     if getattr(report, "lock", None):
         line += f"  bound {report.bound:4.0f}  lock {report.lock:4.0f}"
     return line
+
+
+def lock_of_all(report):
+    """`lock` if a trip of the hot loop took every branch: a loop of one trip without matmuls is a branch to the model,
+    which takes the shortest way through a loop that has all matmuls."""
+    loop = report.hot.loop
+    everything = replace(loop, always=loop.always + loop.conditional, conditional=())
+    return replace(report.hot, loop=everything).lock(report.mma_warpgroups_per_sm)
+
+
+def spills_of_all(report):
+    """Spill instructions of the hot loop in all its branches."""
+    loop = report.hot.loop
+    return sum(i.opcode in sass.SPILL_OPCODES for i in loop.always + loop.conditional)

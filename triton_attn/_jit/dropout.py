@@ -57,3 +57,20 @@ def keep_mask(dropout, origin, queries, start_n, BLOCK_N: tl.constexpr, WHOLE: t
         word = keys % KEYS_PER_CALL
         words = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
     return (words >> 1).to(tl.int32) >= dropout.threshold
+
+
+@triton.jit
+def drop_weights(p, dropout, origin, queries, start_n, one, WHOLE: tl.constexpr):
+    """Weights p (BLOCK_M, BLOCK_N), 0 where `keep_mask` does not keep them; with `one`, see `one_trip`, in a loop of
+    one trip.
+
+    The loop keeps the instructions of the mask together. Where sums fill the registers, Triton 3.6.0 otherwise copies
+    the output between registers at every tile and spills; so does Triton 3.9.0 in the backward pass.
+    """
+    BLOCK_N: tl.constexpr = p.shape[1]
+    if one is None:
+        return tl.where(keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE), p, 0.0)
+    else:
+        for _ in tl.range(0, one, num_stages=1):
+            p = tl.where(keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE), p, 0.0)
+        return p

@@ -140,17 +140,17 @@ def _zero_scores(one, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HALVED: tl.cons
 
 
 @triton.jit
-def _drop_weights(p, factor, keep, dropout):
-    """What dropout leaves of P; and the factor of dS, at least 0, with a sign that says whether the weight was kept.
+def _mark(factor, keep):
+    """The factor of dS, at least 0, with a sign that says whether the weight was kept.
 
     The mask then needs no registers during the matmul of dP.
     """
-    return tl.where(keep, p * dropout.scale, 0.0), tl.where(keep, factor, -factor)
+    return tl.where(keep, factor, -factor)
 
 
 @triton.jit
 def _score_gradients(factor, dp, minus_delta, keep, dropout):
-    """dS = factor * (dP - delta), from the matmul of dP that started at `_first_dp`. keep None: see `_drop_weights`."""
+    """dS = factor * (dP - delta), from the matmul of dP that started at `_first_dp`. keep None: see `_mark`."""
     if dropout is not None:
         kept = factor > 0.0 if keep is None else keep
         dp = tl.where(kept, dp * dropout.scale, 0.0) + minus_delta
@@ -304,8 +304,7 @@ def _flash_bwd_dkdv_kernel(
 
     Grid: num_tiles * num_heads_kv * batch; heads.num is num_heads_kv. Arguments as in the forward kernel; sums are
     RowSums. Tiles are transposed, (keys, queries), so that P^T and dS^T are left operands, which stay in registers. dk
-    or dv is None if not wanted. In the fused schedule dq, fp32 zeros, is given as a View or as descriptors.
-    """
+    or dv is None if not wanted. In the fused schedule dq, fp32 zeros, is given as a View or as descriptors."""
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
@@ -375,16 +374,17 @@ def _flash_bwd_dkdv_kernel(
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
                 queries, queries_left = tl.arange(0, BLOCK_M), bounds.seqlen_q - start_m
                 one = one_trip(start_m, bounds.seqlen_q) if TILE.CUT_CHAIN else None
-                if dropout is not None and TWICE:  # before S needs registers
-                    keep = keep_mask(dropout, origin, start_m + queries, computed_again(work.start), BLOCK_N, WHOLE).T
                 s = _scores(k_tile, q_tile, _zero_scores(one, BLOCK_N, BLOCK_M, TWICE), one, HEAD_DIM, TWICE, TILE)
                 lse_ptr = _sums_from(sums.lse_ptr, sums_row, start_m, WIDE)
                 lse_log2 = _load_lse_log2(lse_ptr, queries, queries_left, not FULL)
                 p, factor = _recompute_weights(s, lse_log2[None, :], rows, start_m, scores, not FULL, EXACT)
-                if dropout is not None:
-                    if not TWICE:
-                        keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
-                    p, factor = _drop_weights(p, factor, keep, dropout)
+                if dropout is not None and TWICE:
+                    for _ in tl.range(0, one, num_stages=1):  # see `drop_weights`
+                        first = computed_again(work.start)
+                        factor = _mark(factor, keep_mask(dropout, origin, start_m + queries, first, BLOCK_N, WHOLE).T)
+                elif dropout is not None:
+                    keep = keep_mask(dropout, origin, start_m + queries, work.start, BLOCK_N, WHOLE).T
+                    p, factor = tl.where(keep, p * dropout.scale, 0.0), _mark(factor, keep)
                 # dV comes before dP: P in the inputs' dtype is then dead when dP needs registers.
                 if LATE:
                     dout_tile = load_rows(dout_rows, start_m, BLOCK_M, HEAD_DIM_V, not FULL, WIDE_ROWS)
@@ -497,7 +497,7 @@ def _flash_bwd_dq_kernel(
             if not TILE.CUT_CHAIN and not TILE.CHUNKED:
                 v_tile = load_rows(v_rows, start_n, BLOCK_N, TILE.HEAD_DIM_V, not FULL, WIDE_ROWS)
             keep = None
-            if dropout is not None:
+            if dropout is not None and not TWICE:
                 first_query = computed_again(work.start) if WIDE else work.start
                 keep = keep_mask(dropout, origin, first_query + tl.arange(0, BLOCK_M), start_n, BLOCK_N, WHOLE)
             one = one_trip(start_n, bounds.seqlen_k) if TILE.CUT_CHAIN else None
@@ -505,6 +505,10 @@ def _flash_bwd_dq_kernel(
             dp = _scores(dout_tile, v_tile, dp, one, TILE.HEAD_DIM_V, TILE.CUT_CHAIN, TILE)
             s = _scores(q_tile, k_tile, _zero_scores(one, BLOCK_M, BLOCK_N, TWICE), one, TILE.HEAD_DIM, TWICE, TILE)
             _, factor = _recompute_weights(s, lse_log2[:, None], rows, start_n, scores, not FULL, EXACT)
+            if dropout is not None and TWICE:
+                for _ in tl.range(0, one, num_stages=1):  # see `drop_weights`
+                    own = computed_again(work.start) + tl.arange(0, BLOCK_M)
+                    factor = _mark(factor, keep_mask(dropout, origin, own, start_n, BLOCK_N, WHOLE))
             ds = _score_gradients(factor, dp, minus_delta[:, None], keep, dropout)  # (BLOCK_M, BLOCK_N)
             ds = ds.to(q.ptr.dtype.element_ty)
             dq_tile = _add_product(ds, k_tile, dq_tile, None, TILE.HEAD_DIM, TWICE, TILE)

@@ -266,7 +266,6 @@ _SOFTCAP = {("sm_90", "tma", 160): FlashConfig(128, 64, 8, 3, use_tma=True)}
 # Tiles that leave room for the dropout mask: registers, or the 16 KiB of shared memory that change its layout.
 _DROPOUT = {
     ("sm_80", "vector", 64): FlashConfig(128, 64, 8, 3),
-    ("sm_80", "vector", 512): FlashConfig(32, 64, 8, 1),
     ("sm_90", "tma", 128): FlashConfig(128, 128, 8, 2, use_tma=True),
 }
 

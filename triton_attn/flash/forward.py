@@ -11,7 +11,7 @@ from .._host.tuned import choose, remember
 from .._jit.args import View
 from .._jit.blocks import block_start, num_blocks, visible_range
 from .._jit.columns import add_in_chunks, load_fixed, scores_in_chunks, store_pieces, zeros_of
-from .._jit.dropout import KEYS_PER_CALL, keep_mask, mask_origin
+from .._jit.dropout import KEYS_PER_CALL, drop_weights, mask_origin
 from .._jit.heads import assign_work, row_pointer, sequence_bounds, spare_rows_of
 from .._jit.masks import mask_scores, scale_scores
 from .._jit.softmax import softmax_finish, softmax_init, softmax_step
@@ -140,7 +140,7 @@ def _flash_fwd_kernel(
                 s = mask_scores(s, queries, start_n, bounds.seqlen_k, offset, scores.window)
             p, alpha, m_i, l_i = softmax_step(s, m_i, l_i, scores.scale_log2 if FOLD_SCALE else 1.0, not FULL)
             if dropout is not None:
-                p = tl.where(keep_mask(dropout, origin, queries, start_n, BLOCK_N, WHOLE), p, 0.0)
+                p = drop_weights(p, dropout, origin, queries, start_n, one if HALVED else None, WHOLE)
             acc = scale_rows(acc, alpha)
             if TILE.CHUNKED:
                 acc = add_in_chunks(p, Halves(v_rows, start_n, end_n), acc, TILE.HEAD_DIM_V, TILE)
