@@ -180,6 +180,19 @@ def test_the_kernel_of_hopper(is_fp8, monkeypatch, request):
     assert launch.called
 
 
+@pytest.mark.oldest
+@pytest.mark.emulated
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize("kv_lora_rank", [300, 512])
+def test_fp32_latents_in_chunks(kv_lora_rank, precision):
+    """The last chunk of 300 columns is not full."""
+    torch.set_float32_matmul_precision(precision)
+    try:
+        check(Case(dtype=torch.float32, seqlens_k=(70, 1), kv_lora_rank=kv_lora_rank, num_splits=2))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.emulated
 def test_a_query_without_keys():
     inputs = Inputs(Case(seqlen_q=3, seqlens_k=(1, 0)))

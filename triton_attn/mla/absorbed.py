@@ -18,7 +18,7 @@ from .._host.workspace import Memory, only_counts
 from .._jit.args import Sequences, ShardWindow, Strides, View, Window, scale_of, window_of
 from .._jit.rope import rope_of
 from .._jit.softmax import LOG2_E
-from .._jit.tiles import piece_0, piece_1
+from .._jit.tiles import padded_size, piece_0, piece_1
 from ..merge.kernel import Plan as MergePlan
 from ..merge.kernel import launch_merge, plan_merge
 from ..merge.splits import FIXED_KEYS, MAX_WORKSPACE_BYTES, choose_num_splits, resident_programs
@@ -32,6 +32,8 @@ from .projections import AbsorbPlan, Positions, ProjectPlan, plan_absorb, plan_m
 # Columns of a piece of a latent vector. For gfx942 Triton 3.6.0 and 3.9.0 put a whole piece into shared memory, twice
 # as much for 512 columns; on NVIDIA GPUs registers change by up to 27 either way, and neither form spills.
 WIDEST = 256
+# The same in fp32, whose whole pieces do not fit in registers: see _jit/columns.py.
+CHUNK = 64
 
 
 def launch_mla_decode(call, out, lse, config=None):
@@ -458,9 +460,11 @@ def _plan_call(key, attention, w_uv, strides_out):
 
 
 def _groups(width, widest, pairs, scale_block=0):
-    """(first column, columns) of the groups of a row: those that share a scale, or the one or two of tiles.py."""
+    """(first column, columns) of the groups of a row: those that share a scale, chunks, or those of tiles.py."""
     if pairs and scale_block > 0:
         return tuple((start, scale_block) for start in range(0, width, scale_block))
+    if widest < padded_size(width) // 2:
+        return tuple((start, widest) for start in range(0, width, widest))
     each = 2 if pairs else 1
     first, second = (each * piece(width // each, widest) for piece in (piece_0, piece_1))
     return ((0, first), (first, second)) if second > 0 else ((0, first),)
@@ -540,7 +544,9 @@ def _plan_portable(key, config, nodes):
     # wgmma reads keys from shared memory, where each element has to be decoded anyway.
     pairs = is_fp8 and key.dtype.itemsize == 2 and aligned and tiles.block_m < 64 and kv_lora_rank % 2 == 0
     pairs = pairs and (has_scales or shape_pe[3] % 2 == 0)
-    widest = 512 if cut_chain and one_page else WIDEST
+    # dot_in_ifs takes two pieces at most.
+    in_chunks = key.dtype == torch.float32 and not (is_fp8 or cut_chain or case.gpu.is_amd)
+    widest = CHUNK if in_chunks else 512 if cut_chain and one_page else WIDEST
     tile = AbsorbedTile(
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,

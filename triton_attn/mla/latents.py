@@ -24,7 +24,7 @@ import triton.language as tl
 from .._jit.decode import decode_float8, decode_pieces, is_nvidia
 from .._jit.paging import key_pointers, load_scale
 from .._jit.softmax import softmax_step
-from .._jit.tiles import cast_tile, dot_add, dot_transposed, load_piece, scale_tile, store_piece
+from .._jit.tiles import cast_tile, load_piece, scale_tile, store_piece
 
 # What a weight of 1 is in fp16: weights down to 2^-29 have all bits of their mantissa.
 WEIGHT: tl.constexpr = tl.constexpr(2.0**15)
@@ -251,9 +251,10 @@ def latent_scores(q, k, scales, TILE: tl.constexpr):
         for i in tl.static_range(len(scales)):
             of_group = tl.dot(q[2 * i], k[2 * i].T)
             s += tl.dot(q[2 * i + 1], k[2 * i + 1].T, of_group) * scales[i][None, :]
-        return s
     else:
-        return dot_transposed(q, k, PRECISION, s)
+        for i in tl.static_range(len(k)):
+            s = tl.dot(q[i], k[i].T, s, input_precision=PRECISION)
+    return s
 
 
 @triton.jit
@@ -286,13 +287,13 @@ def latent_softmax(s, scales, m_i, l_i, scale_log2, dtype, TILE: tl.constexpr):
 def add_latents(weights, k, acc, TILE: tl.constexpr):
     """acc plus weights @ k, piece by piece, with the weights of a piece's group."""
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
-    if TILE.PAIR_SCALES:
-        added = ()
-        for i in tl.static_range(len(k)):
+    added = ()
+    for i in tl.static_range(len(k)):
+        if TILE.PAIR_SCALES:
             added += (tl.dot(weights[i // 2], k[i], acc[i]),)
-        return added
-    else:
-        return dot_add(weights[0], k, acc, PRECISION)
+        else:
+            added += (tl.dot(weights[0], k[i], acc[i], input_precision=PRECISION),)
+    return added
 
 
 @triton.jit
