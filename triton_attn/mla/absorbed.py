@@ -326,7 +326,7 @@ def _plan_decode(
         capacity = min(cache.shape[1] * table.shape[1] * num_ranks_of(key_shard), MAX_ROWS)
         cos = layouts.rope_cos
         positions = Positions(capacity, *((0, 0) if cos is None else (cos.shape[0], 2 * cos.shape[1])), interleaved)
-        absorb = plan_absorb((q[:2], q_pe[:2], w_uk[:2]), positions, precision, batch_invariant)
+        absorb = plan_absorb((q[:2], q_pe[:2], w_uk[:2]), positions, q.dtype, precision, batch_invariant)
         queries, q, q_pe, q_aligned = _absorbed(absorb, q.dtype)
     kv_lora_rank = q.shape[-1]
     if layouts.rope_cache is None:
@@ -376,7 +376,7 @@ def _plan_prefill(layouts, num_heads, cache_aligned, max_seqlen_q, causal, arch,
     whole = outputs_of(q_nope.shape, w_uv.shape[1], q_nope.dtype).out
     q_nope, q_pe = (((*x.shape[:-2], num_heads, x.shape[-1]), x.strides) for x in (q_nope, q_pe))
     w_uk, w_uv = (((num_heads, *x.shape[1:]), x.strides) for x in (w_uk, w_uv))
-    absorb = plan_absorb((q_nope, q_pe, w_uk), Positions(0, 0, 0, False), precision)
+    absorb = plan_absorb((q_nope, q_pe, w_uk), Positions(0, 0, 0, False), kv_latent.dtype, precision)
     queries, q, q_pe, q_aligned = _absorbed(absorb, kv_latent.dtype)
     key = AbsorbedKey(
         layout=(*(_with_batch(x.shape, x.strides, 4) for x in (q, q_pe)), _with_batch(*kv_latent[:2], 3)),

@@ -236,16 +236,19 @@ class Positions(NamedTuple):
 
 
 @remember
-def plan_absorb(layout, positions, precision, batch_invariant=False):
+def plan_absorb(layout, positions, dtype, precision, batch_invariant=False):
     """The AbsorbPlan for the (shape, strides) of q_nope, q_pe and w_uk. Queries (total_q, heads, dim) are one batch."""
     (shape_q, strides_q), (shape_pe, strides_pe), (shape_w, strides_w) = layout
     *batch, seqlen_q, num_heads, nope_dim = shape_q
     capacity, num_positions, rotary_dim, interleaved = positions
     kv_lora_rank, rope_dim, num_tokens = shape_w[2], shape_pe[-1], math.prod(batch) * seqlen_q
+    block_t = FIXED_TOKENS if batch_invariant else _block_of_tokens(num_tokens, at_least=16)
+    # 64 columns of 64 tokens in fp32 spill up to 11 KB, half of the loop's instructions.
+    block_k = 32 if dtype.itemsize == 4 and block_t >= 64 else 64
     tile = AbsorbTile(
-        BLOCK_T=FIXED_TOKENS if batch_invariant else _block_of_tokens(num_tokens, at_least=16),
+        BLOCK_T=block_t,
         BLOCK_C=min(128, padded_size(kv_lora_rank)),
-        BLOCK_K=min(64, padded_size(nope_dim)),
+        BLOCK_K=min(block_k, padded_size(nope_dim)),
         NUM_HEADS=num_heads,
         NOPE_HEAD_DIM=nope_dim,
         ROPE_HEAD_DIM=rope_dim,
