@@ -51,8 +51,8 @@ def cases(draw, dtype, varlen):
         poisoned_sequence=draw(st.integers(0, batch - 1)) if varlen and batch > 1 else None,
         spare_rows=draw(st.sampled_from([0, 1, 40])) if varlen else 0,
         config=config,
-        seed=draw(st.integers(0, 2**16)),
+        seed=(number := draw(st.integers(0, 2**16))),
         dropout_p=draw(st.sampled_from([0.0, 0.0, 0.1, 0.5])),
         shards=_shards(draw, batch) if draw(st.sampled_from([False, False, True])) else None,
-        out_layout=draw(st.sampled_from([None, None, "contiguous", "heads first", "sliced", "sliced and aligned"])),
+        out_layout=(None, None, "contiguous", "heads first", "sliced", "sliced and aligned")[number % 6],
     )

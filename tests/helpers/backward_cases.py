@@ -159,11 +159,10 @@ def rounding(case, inputs, out, clean):
     return {"relative": eps, "dq": row * largest_k, "dk": row * largest_q * queries**0.5, "dsinks": head}
 
 
-def loads_twice(case, tile, rows):
+def loads_twice(case, tile, rows, loads_by_tma):
     """Whether a program of so many rows loads halves of wide q or k by TMA for S, and again for dK or dQ."""
-    dims = case.head_dim, case.head_dim_v
-    suit_tma = all(dim * case.dtype.itemsize % 16 == 0 for dim in dims)
-    return max(dims) > HALF and tile.use_tma and suit_tma and repeats_rows("interpreter", rows, tile.num_warps)
+    is_wide = max(case.head_dim, case.head_dim_v) > HALF
+    return is_wide and loads_by_tma and repeats_rows("interpreter", rows, tile.num_warps)
 
 
 def check_accesses(case, accesses):
@@ -188,7 +187,9 @@ def check_accesses(case, accesses):
     own_queries = sum(case.seqlens_q) * case.num_heads_q
     own_keys = sum(case.seqlens_k) * case.num_heads_kv * launches
     rows = num_queries if fused else num_queries + own_queries
-    again = num_queries // launches if apart and loads_twice(case, tile, tile.block_n) else 0
+    # Strides may not suit TMA.
+    q_by_tma, k_by_tma = (accesses.bytes_loaded[name] > 0 for name in ("q_desc", "k_desc"))
+    again = num_queries // launches if apart and loads_twice(case, tile, tile.block_n, q_by_tma) else 0
     assert of_argument(accesses.bytes_loaded, "q") == (rows + again) * case.head_dim * size
     assert of_argument(accesses.bytes_loaded, "dout") == (rows + own_queries) * case.head_dim_v * size
     if fused:
@@ -198,7 +199,7 @@ def check_accesses(case, accesses):
     assert accesses.bytes_stored["dq.ptr"] == num_rows * case.num_heads_q * case.head_dim * size
     passing = rows_loaded(case, case.tiles.dq)
     num_keys = passing + own_keys
-    again = passing if loads_twice(case, case.tiles.dq, case.tiles.dq.block_m) else 0
+    again = passing if loads_twice(case, case.tiles.dq, case.tiles.dq.block_m, k_by_tma) else 0
     assert of_argument(accesses.bytes_loaded, "k") == (num_keys + again) * case.head_dim * size
     assert of_argument(accesses.bytes_loaded, "v") == num_keys * case.head_dim_v * size
 
