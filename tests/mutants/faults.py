@@ -326,6 +326,20 @@ FAULTS = (
         "DROPOUT",
     ),
     Fault(
+        "M90",
+        "triton_attn/mla/absorbed.py",
+        "tuple((start, widest) for start in range(0, width, widest))",
+        "tuple((start, widest) for start in range(0, width - widest, widest))",
+        "DECODE",
+    ),
+    Fault(
+        "M91",
+        "triton_attn/mla/absorbed.py",
+        "tuple((start, widest) for start in range(0, width, widest))",
+        "tuple((start, widest) for start in range(0, width // widest * widest, widest))",
+        "DECODE",
+    ),
+    Fault(
         "B31",
         "triton_attn/dense/backward_kernels.py",
         "return tl.where(keep, factor, -factor)",

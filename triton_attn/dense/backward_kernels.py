@@ -304,7 +304,8 @@ def _flash_bwd_dkdv_kernel(
 
     Grid: num_tiles * num_heads_kv * batch; heads.num is num_heads_kv. Arguments as in the forward kernel; sums are
     RowSums. Tiles are transposed, (keys, queries), so that P^T and dS^T are left operands, which stay in registers. dk
-    or dv is None if not wanted. In the fused schedule dq, fp32 zeros, is given as a View or as descriptors."""
+    or dv is None if not wanted. In the fused schedule dq, fp32 zeros, is given as a View or as descriptors.
+    """
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
     PRECISION: tl.constexpr = TILE.INPUT_PRECISION
@@ -335,8 +336,7 @@ def _flash_bwd_dkdv_kernel(
     EXACT: tl.constexpr = k.ptr.dtype.element_ty == tl.float32
     FROM_SHARED: tl.constexpr = WIDE and TILE.CUT_CHAIN and dk is not None and dv is not None and scores.softcap is None
     if not TILE.USE_TMA:
-        q = in_vectors(q, TILE.VECTOR)
-        dout = in_vectors(dout, TILE.VECTOR)
+        q, dout = in_vectors(q, TILE.VECTOR), in_vectors(dout, TILE.VECTOR)
 
     offset = -bounds.offset
     seen_by = Window(scores.window.right, scores.window.left)
